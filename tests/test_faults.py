@@ -1,0 +1,208 @@
+"""Data on disk as users have it, and every mistake answered by one line."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+
+import msf
+
+MODES = ("L", "P", "RGBA", "CMYK", "1", "LA", "RGB", "YCbCr")
+TINY = dict(dataset="folder", data_dir="d", arch="resnet10", stem="small-stride", batch_size=8, bank_size=16)
+
+
+def write_folder(root, side=40, classes=("cat", "dög"), each=8):
+    """train/CLASS and val/CLASS with images of every mode and of different shapes."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in classes:
+            folder = Path(root, split, name)
+            folder.mkdir(parents=True)
+            for i in range(each):
+                mode = MODES[i % len(MODES)]
+                pixels = random.integers(0, 256, (side + i, side + 2 * i, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert(mode)
+                image.save(folder / f"{i}.{'tif' if mode in ('CMYK', 'LA', 'YCbCr') else 'png'}")
+
+
+def data(train=True, **given):
+    args, _ = msf.resolve(msf.Args(**given))
+    return msf.ImageData(args, train, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_images_of_every_mode_come_out_as_rgb(size):
+    write_folder("d", side=120)
+    split = data(image_size=size, num_workers=1, **TINY)
+    assert (split.images is None) == (size == 96)
+    batches = list(split.batches(torch.arange(16).split(5)))
+    indices = torch.cat([indices for indices, _, _ in batches])
+    images = torch.cat([views[0] for _, views, _ in batches])
+    assert indices.tolist() == list(range(16)) and images.shape == (16, 3, size, size)
+    assert images.dtype == torch.uint8
+    assert torch.cat([labels for _, _, labels in batches]).tolist() == [0] * 8 + [1] * 8
+    for path, image in zip(split.files, images):
+        with Image.open(path) as file:
+            expected = split.test_crop(file.convert("RGB"))
+        assert torch.equal(image, expected), path
+
+
+def test_two_crops_of_one_decoding_repeat_with_their_seed():
+    write_folder("d", side=120)
+    split = data(image_size=96, num_workers=1, **TINY)
+    order = [torch.tensor([3, 9]), torch.tensor([3, 0])]
+    first, again, other = (list(split.batches(order, 2, seed)) for seed in (1, 1, 2))
+    (_, late, _), = split.batches(order[1:], 2, 1, step=1)
+    (_, (a, b), _), (_, (c, _), _) = first
+    assert a.shape == (2, 3, 96, 96) and not torch.equal(a, b)
+    assert not torch.equal(a[0], c[0])  # the same image in another step
+    assert torch.equal(c, late[0])  # as when resumed
+    assert torch.equal(a, again[0][1][0]) and not torch.equal(a, other[0][1][0])
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_folder_trains_and_resumes(size):
+    write_folder("d", side=100)
+    given = dict(image_size=size, epochs=2, num_workers=1, **TINY)
+    result = msf.main(msf.Args(run_name="a", **given))
+    assert 0 <= result["knn"] <= 100
+    msf.main(msf.Args(run_name="b", stop_epoch=1, **given))
+    msf.main(msf.Args(resume="runs/b/last.pt"))
+    a, b = (torch.load(f"runs/{name}/last.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
+@pytest.mark.parametrize("size", [32, 96])
+def test_an_unreadable_image_is_named(content, size):
+    write_folder("d", side=120)
+    bad = Path("d/train/cat/9.jpg")
+    if content == "truncated":
+        Image.new("RGB", (300, 300), "red").save(bad)
+        content = bad.read_bytes()[:700]
+    bad.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"^error: .*train/cat/9.jpg[^\n]*$"):
+        msf.main(msf.Args(image_size=size, num_workers=1, epochs=1, **TINY))
+
+
+def write_tinyimagenet(root):
+    write_folder(root, classes=("n01", "n02"), side=64)
+    val = Path(root, "val", "images")
+    val.mkdir()
+    rows = []
+    for i, path in enumerate(sorted(Path(root, "val").glob("n0*/*"))):
+        path.rename(val / f"val_{i}{path.suffix}")
+        rows.append(f"val_{i}{path.suffix}\t{path.parent.name}\t0\t0\t62\t62\n")
+    Path(root, "val", "val_annotations.txt").write_text("".join(rows))
+    for empty in Path(root, "val").glob("n0*"):
+        empty.rmdir()
+
+
+def test_tinyimagenet_as_it_is_distributed():
+    write_tinyimagenet("tiny-imagenet-200")
+    given = dict(dataset="tinyimagenet", data_dir="tiny-imagenet-200", batch_size=8, num_workers=1)
+    train, val = data(True, **given), data(False, **given)
+    assert train.images.shape == val.images.shape == (16, 3, 64, 64)
+    assert train.classes == val.classes == ["n01", "n02"]
+    for file, label in zip(val.files, val.labels.tolist()):
+        number = int(Path(file).stem.removeprefix("val_"))
+        assert label == number // 8
+
+
+def test_cifar_and_stl_as_they_are_distributed(monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+    random = np.random.default_rng(0)
+    folder = Path("data/cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name in names:
+        pixels = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+        with open(folder / name, "wb") as file:
+            pickle.dump({"data": pixels, "labels": [3, 1, 4, 1]}, file)
+    with open(folder / "batches.meta", "wb") as file:
+        pickle.dump({"label_names": [str(i) for i in range(10)]}, file)
+    test = data(False, dataset="cifar10")
+    assert torch.equal(test.images, torch.from_numpy(pixels).view(4, 3, 32, 32))
+    assert test.labels.tolist() == [3, 1, 4, 1]
+    assert len(data(True, dataset="cifar10").labels) == 20
+
+    folder = Path("data/stl10_binary")
+    folder.mkdir()
+    pixels = random.integers(0, 256, (5, 3, 96, 96), dtype=np.uint8)  # stored by columns
+    for name in ("train", "test", "unlabeled"):
+        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")
+        np.array([1, 2, 3, 4, 10], dtype=np.uint8).tofile(folder / f"{name}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(map(str, range(10))))
+    train = data(True, dataset="stl10")
+    assert train.images.shape == (10, 3, 96, 96)
+    assert train.labels.tolist() == [0, 1, 2, 3, 9] + [-1] * 5
+    assert torch.equal(train.images[:5], torch.from_numpy(pixels))
+
+
+def test_digits_hold_out_other_writers():
+    train, test = data(), data(False)
+    assert len(train.labels) == 1437 and len(test.labels) == 360
+    assert train.images.shape == (1437, 3, 16, 16) and train.images.max() == 255
+    assert torch.equal(train.images[:, 0], train.images[:, 2])
+
+
+def empty_class():
+    write_folder("d")
+    Path("d/train/empty").mkdir()
+
+
+def class_in_val_only():
+    write_folder("d")
+    Path("d/val/new").mkdir()
+    Image.new("RGB", (40, 40)).save("d/val/new/a.png")
+
+
+def finished_run():
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/last.pt").write_text("not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(dataset="mnist"), "unknown --dataset mnist: one of digits, "),
+        (dict(dataset="folder", data_dir="nowhere"), "no folder in .*nowhere .*CLASS"),
+        (dict(dataset="imagenet", data_dir="nowhere"), "no imagenet in .*nowhere .*CLASS"),
+        (dict(setup=empty_class, image_size=32, **TINY), "empty"),
+        (dict(setup=class_in_val_only, image_size=32, **TINY), "one of train and val: new"),
+        (dict(batch_size=1438, bank_size=5000), "--batch-size 1438: there are 1437 training images"),
+        (dict(topk=65), "--topk 65: from 1 to --batch-size, 64"),
+        (dict(topk=0), "--topk 0"),
+        (dict(bank_size=63), "--bank-size 63: at least --batch-size, 64"),
+        (dict(topk=10, bank_size=5), "--bank-size 5"),
+        (dict(batch_size=64, world=3), "--batch-size 64 does not divide by 3 processes"),
+        (dict(batch_size=8, world=8), "2 images or more"),
+        (dict(resume="none.pt"), "cannot resume from none.pt"),
+        (dict(setup=finished_run, resume="runs/a/last.pt"), "cannot resume from runs/a/last.pt"),
+        (dict(setup=finished_run, run_name="a"), "runs/a/last.pt exists"),
+        (dict(run_name="../a"), "--run-name: not a plain name"),
+        (dict(run_name=".."), "--run-name: not a plain name"),
+        (dict(run_name="/tmp/a"), "--run-name: not a plain name"),
+    ],
+)
+def test_a_mistake_is_answered_by_one_line(given, message, monkeypatch):
+    given = dict(given)
+    monkeypatch.setenv("WORLD_SIZE", str(given.pop("world", 1)))
+    given.pop("setup", lambda: None)()
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit, match=message) as caught:
+        msf.main(msf.Args(**given))
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("error: ")
+    assert sorted(Path().rglob("*")) == before  # nothing was written
+
+
+def test_a_finished_run_is_not_resumed():
+    msf.main(msf.Args(run_name="a", epochs=1))
+    with pytest.raises(SystemExit, match="all 22 steps are done"):
+        msf.main(msf.Args(resume="runs/a/last.pt"))

@@ -1,0 +1,206 @@
+"""Whole runs: what they return and write, exact resume, signals, several processes."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import ROOT
+
+import eval_linear
+import msf
+
+SHORT = dict(epochs=2, warmup_epochs=0.5, knn_every=1)
+
+
+def load(name):
+    return torch.load(Path("runs", name, "last.pt"), weights_only=True)
+
+
+def flat(value, name=""):
+    """Every leaf of nested dicts and lists, by its path."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in items for k, v in flat(item, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def assert_same_state(a, b):
+    a, b = (flat({key: run[key] for key in ("model", "optimizer", "step", "pushed")}) for run in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        equal = torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
+        assert equal, name
+
+
+def start(*words, processes=1):
+    command = [sys.executable, str(ROOT / "msf.py"), *words]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_learns_and_leaves_what_it_promises():
+    result = msf.main(msf.Args(run_name="a", **SHORT))
+    assert result["knn"] > 70 and math.isfinite(result["loss"])
+    assert result["checkpoint"] == "runs/a/last.pt"
+    run = load("a")
+    assert run["step"] == 2 * (1437 // 64)
+    assert run["args"]["lr"] == 0.1 and run["args"]["epochs"] == 2  # the recipe, and what was given
+    assert run["model"]["bank.embeddings"].shape == (1024, 128)
+    norms = run["model"]["bank.embeddings"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(1024))
+
+    backbone, _ = msf.encoder("resnet10", "small-stride")
+    backbone.load_state_dict(torch.load("runs/a/backbone.pt", weights_only=True), strict=True)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator("runs/a").Reload()
+    tags = {"loss", "purity", "lr", "images_per_s", "knn"}
+    assert tags <= set(events.Tags()["scalars"])
+    assert events.Scalars("knn")[-1].value == pytest.approx(result["knn"])
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+    judged = eval_linear.main(eval_linear.Args(checkpoint="runs/a/last.pt", epochs=3))
+    assert judged["20-NN"] == pytest.approx(result["knn"], abs=0.3)
+    assert judged["linear"] > 60 and Path("runs/a/eval.json").exists()
+
+
+def test_resume_continues_bit_for_bit():
+    given = dict(epochs=4, warmup_epochs=0.5, bank_size=100)
+    msf.main(msf.Args(run_name="whole", **given))
+    msf.main(msf.Args(run_name="parts", stop_epoch=2, **given))
+    assert load("parts")["step"] == 2 * 22
+    result = msf.main(msf.Args(resume="runs/parts/last.pt"))
+    assert result["checkpoint"] == "runs/parts/last.pt"
+    assert_same_state(load("whole"), load("parts"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_resumes_within_the_epoch(number):
+    process = start("--run-name", "a", "--epochs", "3", "--log-every", "1")
+    while "step 25/" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(number)
+    began = time.time()
+    _, errors = process.communicate(timeout=60)
+    assert time.time() - began < 10
+    assert process.returncode == 1 and "Traceback" not in errors
+    stopped = re.search(r"stopped at step (\d+); continue with --resume (\S+)", errors)
+    assert int(stopped[1]) == load("a")["step"] < 66
+    msf.main(msf.Args(resume=stopped[2]))
+    msf.main(msf.Args(run_name="b", epochs=3, log_every=1))
+    assert_same_state(load("a"), load("b"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint():
+    msf.main(msf.Args(run_name="a", epochs=2, warmup_epochs=0, stop_epoch=1))
+    before = Path("runs/a/last.pt").read_bytes()
+    with pytest.raises(SystemExit, match=r"loss nan at step \d+, lr .*runs/a/last.pt"):
+        msf.main(msf.Args(resume="runs/a/last.pt", lr=1e30))
+    assert Path("runs/a/last.pt").read_bytes() == before
+
+
+def test_the_order_of_images():
+    args = msf.Args(batch_size=4, epochs=3, seed=5)
+    for world in (1, 2):
+        ranks = [list(msf.step_indices(11, args, 0, rank, world)) for rank in range(world)]
+        steps = [torch.cat(parts) for parts in zip(*ranks)]
+        assert [len(step) for step in steps] == [4] * 6
+        epochs = [torch.cat(steps[i : i + 2]).tolist() for i in (0, 2, 4)]
+        assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(11)) for epoch in epochs)
+        assert epochs[0] != epochs[1] != epochs[2]
+        whole = steps if world == 1 else whole
+        assert all(torch.equal(a, b) for a, b in zip(whole, steps))  # the same batches for any world
+        rest = list(msf.step_indices(11, args, 3, 0, world))
+        assert all(torch.equal(a, b) for a, b in zip(rest, ranks[0][3:]))
+
+
+def train_in_eval_mode(rank, world, folder):
+    """Five steps on fixed images; BatchNorm in eval mode, so that images do not depend on others."""
+    torch.set_num_threads(1)
+    if world > 1:
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    torch.manual_seed(0)
+    args, _ = msf.resolve(msf.Args(batch_size=8, bank_size=20, topk=3))
+    model = msf.MSF(args).eval()
+    network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+    losses, share = [], slice(rank * 8 // world, (rank + 1) * 8 // world)
+    for step in range(5):
+        weak, strong = torch.rand(2, 8, 3, 16, 16)
+        labels, indices = torch.randint(0, 3, (8,)), torch.arange(8) + 8 * step
+        batch = (x[share] for x in (weak, strong, labels, indices))
+        loss, _ = network(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    state = dict(losses=torch.stack(losses), model=model.state_dict())
+    torch.save(state, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    for world in (1, 2):
+        mp.spawn(train_in_eval_mode, (world, str(tmp_path)), nprocs=world)
+    one, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    torch.testing.assert_close((first["losses"] + second["losses"]) / 2, one["losses"])
+    assert torch.equal(first["model"]["bank.indices"], one["model"]["bank.indices"])
+    assert torch.equal(first["model"]["bank.labels"], one["model"]["bank.labels"])
+    for name, value in first["model"].items():
+        torch.testing.assert_close(value, one["model"][name], atol=1e-5, rtol=1e-4)
+
+
+def train_and_keep(rank, world, folder):
+    """main as torchrun starts it; every process writes down its model."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29531", LOCAL_WORLD_SIZE=str(world))
+    os.chdir(folder)
+    models, build = [], msf.MSF
+    msf.MSF = lambda args: models.append(build(args)) or models[0]
+    msf.main(msf.Args(run_name="two", epochs=1))
+    torch.save(models[0].state_dict(), f"rank{rank}.pt")
+
+
+def test_processes_stay_in_step(tmp_path):
+    mp.spawn(train_and_keep, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))
+    assert first["bank.indices"].unique().numel() == 1024
+    for name, value in first.items():  # BatchNorm's running statistics are each process's own
+        assert torch.equal(value, second[name]) or "running" in name, name
+
+
+def test_torchrun_trains_on_the_cpu():
+    process = start("--epochs", "2", "--run-name", "two", processes=2)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert re.search(r"20-NN \d\d\.\d\d%.*--checkpoint runs/two/last.pt", output)
+    assert output.count("20-NN") == 1 and "Warning" not in errors.replace("OMP_NUM_THREADS", "")
+    assert load("two")["model"]["bank.indices"].unique().numel() == 1024
+
+
+def test_help_has_a_sentence_for_every_argument_and_groups_them():
+    env = os.environ | {"COLUMNS": "100"}
+    command = [sys.executable, str(ROOT / "msf.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, env=env).stdout
+    for group in ("Data options", "Training options", "MeanShift options"):
+        assert group in text
+    words = re.sub(r"[│╭╮╰╯─\s]+", " ", text)
+    for name in vars(msf.Args()):
+        pattern = rf"--{name.replace('_', '-')}[ ,]\S*.*? [A-Z][^()]{{8,}}.*?\(default:"
+        assert re.search(pattern, words), name

@@ -1,0 +1,178 @@
+"""The batched views against torchvision: the same pixels, and parameters of the same distribution."""
+
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as TF
+
+import msf
+
+MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+
+
+def pictures(n, height=40, width=48):
+    """Smooth random uint8 pictures, with black, white and gray ones among them."""
+    images = TF.resize(torch.rand(n, 3, 6, 6), [height, width], antialias=True)
+    images = (images * 255).round().byte()
+    images[0], images[1], images[2] = 0, 255, images[2, :1]
+    return images
+
+
+def restore(views):
+    """Undo the normalisation."""
+    return views * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)
+
+
+def same_distribution(a, b, tolerance=0.025):
+    """The largest gap between two empirical distribution functions (Kolmogorov and Smirnov)."""
+    grid = torch.cat([a, b]).sort().values
+    cdf_a = torch.searchsorted(a.sort().values, grid, right=True) / len(a)
+    cdf_b = torch.searchsorted(b.sort().values, grid, right=True) / len(b)
+    return (cdf_a - cdf_b).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("size", [24, 40, 64])
+def test_crop_and_flip_have_the_pixels_of_torchvision(size):
+    images = pictures(12)
+    top, left = torch.randint(0, 12, (2, 12))
+    height, width = torch.randint(14, 24, (2, 12))
+    flip = torch.arange(12) % 2 == 0
+    boxes = [side.float() for side in (top, left, height, width)]
+    views = msf.warp(images, boxes, size, flip, torch.zeros(12))
+    for i in range(12):
+        box = [side[i].item() for side in (top, left, height, width)]
+        expected = TF.resized_crop(images[i] / 255, *box, [size, size], antialias=False)
+        expected = TF.hflip(expected) if flip[i] else expected
+        torch.testing.assert_close(views[i], expected, atol=1e-4, rtol=0)
+
+
+def test_test_view_is_the_image_itself():
+    images = pictures(4, 32, 32)
+    torch.testing.assert_close(restore(msf.augment(images, 32)), images / 255, atol=1e-4, rtol=0)
+    resized = TF.resize(images / 255, [64, 64], antialias=True)
+    torch.testing.assert_close(restore(msf.augment(images, 64)), resized, atol=1e-4, rtol=0)
+
+
+def test_rotation_has_the_pixels_of_torchvision():
+    images = pictures(6, 32, 32)
+    degrees = torch.tensor([-30.0, -10.0, 0.0, 5.0, 45.0, 90.0])
+    whole = [torch.full((6,), side) for side in (0.0, 0.0, 32.0, 32.0)]
+    views = msf.warp(images, whole, 32, torch.zeros(6, dtype=torch.bool), degrees)
+    for image, view, angle in zip(images, views, degrees):
+        turn = dict(angle=angle.item(), interpolation=T.InterpolationMode.BILINEAR)
+        expected = TF.rotate(image / 255, **turn)
+        inside = TF.rotate(torch.ones(1, 32, 32), **turn)[0] > 0.999  # repeats edges, not black
+        assert inside.float().mean() > 0.6
+        torch.testing.assert_close(view[:, inside], expected[:, inside], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("operation", range(4))
+def test_colour_operations_have_the_pixels_of_torchvision(operation):
+    images = pictures(16) / 255
+    amounts = torch.empty(16).uniform_(-0.5, 0.5) if operation == 3 else torch.empty(16).uniform_(0, 2)
+    views = msf.adjust(images, operation, amounts.view(-1, 1, 1, 1))
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    for image, view, amount in zip(images, views, amounts):
+        expected = getattr(TF, names[operation])(image, amount.item())
+        torch.testing.assert_close(view, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size, kernel", [(32, 3), (64, 7), (224, 23)])
+def test_blur_has_the_pixels_of_torchvision(size, kernel):
+    images = pictures(4, size, size) / 255
+    sigmas = torch.tensor([0.1, 0.7, 2.0, 1e-3])
+    views = msf.gaussian_blur(images, sigmas[:, None])
+    for image, view, sigma in zip(images, views, sigmas[:3]):
+        expected = TF.gaussian_blur(image, [kernel, kernel], [sigma.item()] * 2)
+        torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(views[3], images[3], atol=1e-6, rtol=0)  # no blur
+
+
+@pytest.mark.parametrize("height, width, scale", [(32, 32, (0.2, 1.0)), (40, 90, (0.08, 0.9))])
+def test_boxes_are_distributed_as_in_torchvision(height, width, scale):
+    n, image = 20_000, torch.empty(3, height, width)
+    ours = msf.random_boxes(n, height, width, scale, "cpu")
+    theirs = [T.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)]
+    for a, b in zip(ours, zip(*theirs)):
+        assert same_distribution(a.float(), torch.tensor(b).float())
+    top, left, h, w = ours
+    assert (top >= 0).all() and (left >= 0).all() and (h > 0).all() and (w > 0).all()
+    assert (top + h <= height).all() and (left + w <= width).all()
+
+
+def test_a_crop_of_all_of_the_image_is_the_image():
+    top, left, h, w = msf.random_boxes(50, 20, 20, (1.0, 1.0), "cpu")
+    assert (h >= 18).all() and (w >= 18).all() and (h <= 20).all() and (w <= 20).all()
+
+
+def test_colour_parameters_are_distributed_as_in_torchvision():
+    """Brightness scales a gray picture, so that the factor can be read off the view."""
+    n = 20_000
+    images = torch.full((n, 3, 4, 4), 100, dtype=torch.uint8)
+    factors = restore(msf.augment(images, 4, jitter=(0.4, 0, 0, 0)))[:, 0, 0, 0] * 255 / 100
+    jitter = T.RandomApply([T.ColorJitter(brightness=0.4)], p=0.8)
+    expected = torch.stack([jitter(images[0] / 255)[0, 0, 0] * 255 / 100 for _ in range(n)])
+    assert same_distribution((factors * 1e4).round(), (expected * 1e4).round())
+
+
+def test_hue_turns_by_at_most_its_strength():
+    images = torch.zeros(5000, 3, 2, 2, dtype=torch.uint8)
+    images[:, 0] = 255  # red: a turn by t shows as green or blue of 6 t
+    views = restore(msf.augment(images, 2, jitter=(0, 0, 0, 0.1)))[:, :, 0, 0]
+    turns = (views[:, 1] - views[:, 2]) / 6
+    assert turns.abs().max() <= 0.1 + 1e-4
+    jittered = turns[turns.abs() > 1e-4]
+    assert len(jittered) / 5000 == pytest.approx(0.8, abs=0.02)
+    assert same_distribution(jittered, torch.empty(20_000).uniform_(-0.1, 0.1), 0.04)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_flip_gray_and_blur_have_their_probabilities(p):
+    images = pictures(8, 24, 24)[3:].repeat(800, 1, 1, 1)
+    plain = msf.augment(images, 24)
+    flipped = msf.augment(images, 24, flip=p)
+    mirrored = (flipped - plain.flip(3)).abs().amax((1, 2, 3)) < 1e-3
+    assert mirrored.float().mean().item() == pytest.approx(p, abs=0.03)
+    assert torch.equal((flipped - plain).abs().amax((1, 2, 3)) < 1e-3, ~mirrored)
+    gray = restore(msf.augment(images, 24, gray=p))
+    assert (gray.std(1).amax((1, 2)) < 1e-4).float().mean().item() == pytest.approx(p, abs=0.03)
+    blurred = (msf.augment(images, 24, blur=p) - plain).abs().amax((1, 2, 3)) > 1e-6
+    assert blurred.float().mean().item() <= p + 0.03
+    assert blurred.float().mean().item() >= 0.9 * p - 0.03  # sigma near 0.1 changes next to nothing
+
+
+def test_rotation_is_uniform():
+    images = torch.zeros(4000, 3, 33, 33, dtype=torch.uint8)
+    images[:, :, 16, 28:] = 255  # a ray to the right, from the centre
+    views = restore(msf.augment(images, 33, rotation=20))[:, 0].clamp(min=0)
+    y, x = torch.meshgrid(torch.arange(33.0) - 16, torch.arange(33.0) - 16, indexing="ij")
+    weights = views / views.sum((1, 2), keepdim=True)
+    angle = torch.atan2(-(weights * y).sum((1, 2)), (weights * x).sum((1, 2))).rad2deg()
+    assert same_distribution(angle, torch.empty(20_000).uniform_(-20, 20), 0.05)
+
+
+def test_views_are_random_for_each_image_and_repeat_with_the_seed():
+    images = pictures(8, 32, 32)[3:4].repeat(16, 1, 1, 1)
+    strong = dict(scale=(0.2, 1), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5)
+    torch.manual_seed(3)
+    views = msf.augment(images, 32, **strong)
+    assert len({view.sum().item() for view in views}) == 16
+    torch.manual_seed(3)
+    assert torch.equal(views, msf.augment(images, 32, **strong))
+    assert views.dtype == torch.float32 and views.shape == (16, 3, 32, 32)
+
+
+def test_colour_order_varies():
+    image = pictures(4, 8, 8)[3:]
+    orders = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        torch.rand(1)
+        calls, adjust = [], msf.adjust
+        try:
+            msf.adjust = lambda images, i, amount: calls.append(i) or adjust(images, i, amount)
+            msf.augment(image, 8, jitter=(0.4, 0.4, 0.4, 0.1))
+        finally:
+            msf.adjust = adjust
+        orders.add(tuple(calls))
+    assert len(orders) > 12 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
