@@ -91,7 +91,7 @@ CIFAR = IMAGENET | dict(  # MSF as the authors of MNN trained it, arXiv 2311.005
 TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
 DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1.0), flip=0.0,
-    rotation=10.0, jitter=(0.4, 0.4, 0.0, 0.0), gray=0.0, blur=0.0, epochs=80, batch_size=64,
+    rotation=10.0, jitter=(0.4, 0.4, 0.0, 0.0), gray=0.0, blur=0.0, epochs=70, batch_size=64,
     lr=0.1, bank_size=1024,
 )
 RECIPES = {
@@ -473,7 +473,7 @@ def main(args):
             if step % (steps * args.knn_every) == 0 or step == end:
                 knn = knn_accuracy(model.online[0], train, test, args)
                 writer.add_scalar("knn", knn, step)
-            for name, value in dict(loss=loss, purity=purity, lr=lr, images_per_s=speed).items():
+            for name, value in dict(loss=loss, purity=purity, lr=lr, img_per_s=speed).items():
                 writer.add_scalar(name, value, step)
             left = timedelta(seconds=round((end - step) * args.batch_size / speed))
             line = f"epoch {step / steps:.1f}/{args.epochs} step {step}/{total} loss {loss:.4f}"

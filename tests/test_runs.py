@@ -65,7 +65,7 @@ def test_a_run_learns_and_leaves_what_it_promises():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator("runs/a").Reload()
-    tags = {"loss", "purity", "lr", "images_per_s", "knn"}
+    tags = {"loss", "purity", "lr", "img_per_s", "knn"}
     assert tags <= set(events.Tags()["scalars"])
     assert events.Scalars("knn")[-1].value == pytest.approx(result["knn"])
     assert "config/text_summary" in events.Tags()["tensors"]
