@@ -11,7 +11,6 @@ towards the rows of M nearest to the target's embedding: a step of mean shift. g
     q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M before the search
     N(i) = the k rows of M nearest to u_i (u_i itself is the first; k = 1 is BYOL)
     loss = mean over i, mean over j in N(i), of ||q_i - M_j||^2
-Run:
     python msf.py                                         digits, on the CPU or on one GPU
     torchrun --nproc_per_node=8 msf.py --dataset cifar10                           8 GPUs
     torchrun --nproc_per_node=8 msf.py --dataset imagenet --data-dir /data/imagenet
@@ -39,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 class Data:
     dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
     data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
-    num_workers: int | None = None  # Processes that decode image files; None shares out the cores.
+    num_workers: int | None = None  # Image readers of each process; None shares out the cores.
     image_size: int | None = None  # Side of the input in pixels; below 96, files are decoded once.
     crop_scale: tuple[float, float] | None = None  # Least and most of the area that a crop keeps.
     flip: float | None = None  # Probability of a horizontal flip.
@@ -63,7 +62,7 @@ class Training:
     sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, as on one GPU.
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set and time.
-    resume: str | None = None  # A last.pt to continue exactly, with its arguments unless given.
+    resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
     stop_epoch: int | None = None  # Stop after this epoch of the schedule, to be resumed later.
     log_every: int = 10  # Steps between two log points; signals are heeded there too.
     knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images.
@@ -80,19 +79,18 @@ class Args(Data, Training, MeanShift):
     """Train with mean shift (MSF). None stands for the value in the data set's recipe."""
 
 IMAGENET = dict(  # section 4 of the paper
-    arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
+    arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
-    warmup_epochs=0.0, momentum=0.9, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99,
+    momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99,
 )
-CIFAR = IMAGENET | dict(  # MSF as the authors of MNN trained it, arXiv 2311.00562
-    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5.0, weight_decay=5e-4,
+CIFAR = IMAGENET | dict(  # lr, decay, warm-up and bank of MNN's recipe, arXiv 2311.00562
+    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5, weight_decay=5e-4,
     bank_size=4096,
 )
 TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
 DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
-    arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1.0), flip=0.0,
-    rotation=10.0, jitter=(0.4, 0.4, 0.0, 0.0), gray=0.0, blur=0.0, epochs=70, batch_size=64,
-    lr=0.1, bank_size=1024,
+    arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
+    rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024,
 )
 RECIPES = {
     "digits": DIGITS, "cifar10": CIFAR, "cifar100": CIFAR, "stl10": TINY, "tinyimagenet": TINY,
@@ -112,21 +110,23 @@ def resolve(args):
     if args.resume:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            base = checkpoint["args"] | dict(resume=None, stop_epoch=None)
+            base = vars(Args(**checkpoint["args"] | dict(resume=None, stop_epoch=None)))
         except Exception as error:
             raise SystemExit(f"error: cannot resume from {args.resume}: {error!r:.200}") from None
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    name = f"{Path(__file__).stem}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{Path(__file__).stem}-{args.dataset}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     given = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
+    fixed = given.keys() & {"dataset", "arch", "stem", "bank_size"} if checkpoint else ()
+    check(not fixed, f"--resume keeps {', '.join(fixed)} as stored: leave that out")
     args = Args(**dict(run_name=name, num_workers=max(1, cores)) | base | given)
-    k, batch, world = args.topk, args.batch_size, int(os.environ.get("WORLD_SIZE", 1))
+    name, batch, world = args.run_name, args.batch_size, int(os.environ.get("WORLD_SIZE", 1))
     check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
     check(batch > world, f"--batch-size {batch}: BatchNorm needs 2 images or more a process")
-    check(1 <= k <= batch, f"--topk {k}: from 1 to --batch-size, {batch}, the rows at first")
-    check(batch <= args.bank_size, f"--bank-size {args.bank_size}: at least --batch-size, {batch}")
-    check(os.path.basename(args.run_name) == args.run_name != "..", "--run-name: not a plain name")
-    last = Path("runs", args.run_name, "last.pt")
-    check(checkpoint or not last.exists(), f"{last} exists: --resume it, or choose a --run-name")
+    check(1 <= args.topk <= batch <= args.bank_size, "must rise: --topk, --batch-size, --bank-size")
+    check(name and name == os.path.basename(name).strip("."), "--run-name: must be a plain name")
+    last = Path("runs", name, "last.pt")
+    own = not last.exists() or args.resume and last.samefile(args.resume)
+    check(own, f"{last} exists: --resume it, or choose another --run-name")
     return args, checkpoint
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -159,7 +159,8 @@ class ImageData(torch.utils.data.Dataset):
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error:
-            how = "CIFAR and STL-10 are downloaded; others hold train/CLASS/*.jpg, val/CLASS/*.jpg"
+            how = "CIFAR and STL-10 are downloaded; others: train/CLASS/*.jpg and val/CLASS/*.jpg"
+            how += ", from image-net.org and http://cs231n.stanford.edu/tiny-imagenet-200.zip"
             raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
         self.classes = list(getattr(source, "classes", range(10)))
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
@@ -193,6 +194,7 @@ class ImageData(torch.utils.data.Dataset):
         numbered = enumerate(index_batches, step)
         items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
         options = dict(num_workers=self.workers, pin_memory=self.device.type == "cuda")
+        options["worker_init_fn"] = lambda _: os.setpgid(0, 0)  # signals to the group spare workers
         try:
             for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
                 indices, images = (x.to(self.device, non_blocking=True) for x in batch)
@@ -252,7 +254,6 @@ def gaussian_blur(images, sigma):
 
 def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
     """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size].
-
     scale: least and most area of a random resized crop, None: all; flip, gray, blur: probabilities;
     rotation: degrees; jitter: brightness, contrast, saturation and hue as in torchvision,
     with probability 0.8. The defaults give the view for testing."""
@@ -329,7 +330,6 @@ def nearest_neighbors(targets, bank, k):
 
 def mean_shift_loss(queries, neighbors, valid=None):
     """Mean over images of the mean over their neighbours of ||q - M_j||^2 = 2 - 2 cos(q, M_j).
-
     queries [B, D], neighbors [B, k, D], valid bool [B, k] (None: all) -> scalar. An image without
     valid neighbours does not count."""
     distances = 2 - 2 * F.cosine_similarity(queries[:, None], neighbors, dim=2)  # [B, k]
@@ -381,9 +381,9 @@ def knn_accuracy(backbone, train, test, args):
                 features.append(backbone(augment(images, args.image_size)).float())
     backbone.train()
     bank, queries = F.normalize(torch.cat(features), dim=1).tensor_split([len(known)])
-    neighbors = [nearest_neighbors(q, bank, min(20, len(bank))) for q in queries.split(1024)]
-    votes = F.one_hot(train.labels[known][torch.cat(neighbors)], len(train.classes)).sum(1)
-    return 100 * (votes.argmax(1) == test.labels).float().mean().item()
+    y, c, k = train.labels[known], len(train.classes), min(20, len(bank))
+    votes = [F.one_hot(y[nearest_neighbors(q, bank, k)], c).sum(1) for q in queries.split(1024)]
+    return 100 * (torch.cat(votes).argmax(1) == test.labels).float().mean().item()
 
 def step_indices(n, args, start, rank, world):
     """The indices [b] of this process at every step from start on; each epoch has its own order."""
@@ -401,26 +401,26 @@ def main(args):
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        check(local < torch.cuda.device_count(), "more processes than GPUs: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
-    if rank > 0:
-        dist.barrier()  # until the first process has downloaded
+    if local > 0:
+        dist.barrier()  # until the first process of the node has downloaded
     train, test = ImageData(args, True, device), ImageData(args, False, device)
-    if world > 1 and rank == 0:
+    if world > 1 and local == 0:
         dist.barrier()
     n, differ = len(train.labels), sorted(set(train.classes) ^ set(test.classes))
     check(args.batch_size <= n, f"--batch-size {args.batch_size}: there are {n} training images")
     check(not differ, f"classes in only one of train and val: {', '.join(differ[:5])}")
     torch.manual_seed(args.seed)
-    model = MSF(args).to(device, memory_format=torch.channels_last)
-    options = dict(weight_decay=args.weight_decay, fused=cuda)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, **options)
+    network = model = MSF(args).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), fused=cuda)  # lr and the rest: at every step
     start, steps = 0, n // args.batch_size  # steps of an epoch
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start, model.bank.pushed = checkpoint["step"], checkpoint["pushed"]
+        start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
     total, warmup = args.epochs * steps, args.warmup_epochs * steps
     end = min(total, (args.stop_epoch or args.epochs) * steps)
     check(start < end, f"{args.resume}: all {start} steps are done; raise --stop-epoch or --epochs")
@@ -428,7 +428,6 @@ def main(args):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for part in (model.online, model.target, model.predictor) if args.compile else ():
         part.compile()
-    network = model
     if world > 1:  # no buffer is broadcast: every process computes the same bank
         renamed = "forward_sync_buffers" in DistributedDataParallel.__init__.__annotations__
         options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}  # by version
@@ -439,19 +438,19 @@ def main(args):
     last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(last.parent, purge_step=start)
+        writer = SummaryWriter(last.parent, purge_step=start + 1)
         writer.add_text("config", repr(args))
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, knn, since, saved = [], [], math.nan, time.time(), time.time()
-    for number in (signal.SIGTERM, signal.SIGINT):  # a second one kills
-        signal.signal(number, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
     batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
     for step, (indices, (weak, strong), labels) in zip(range(start + 1, end + 1), batches):
         torch.manual_seed(hash((args.seed, step, rank)))
         decay = (1 + math.cos(math.pi * max(0, step - 1 - warmup) / max(1, total - warmup))) / 2
         lr = args.lr * min(decay, step / max(1, warmup))
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
         weak, strong = augment(weak, **weak_view), augment(strong, **strong_view)
         loss, purity = network(weak, strong, labels, indices)
         optimizer.zero_grad()
@@ -470,15 +469,16 @@ def main(args):
         speed = len(rows) * args.batch_size / (time.time() - since)
         done = stopped or step == end
         if rank == 0:
-            if step % (steps * args.knn_every) == 0 or step == end:
+            if step == end or step % (steps * args.knn_every) == 0 and not stopped:
                 knn = knn_accuracy(model.online[0], train, test, args)
                 writer.add_scalar("knn", knn, step)
             for name, value in dict(loss=loss, purity=purity, lr=lr, img_per_s=speed).items():
                 writer.add_scalar(name, value, step)
             left = timedelta(seconds=round((end - step) * args.batch_size / speed))
-            line = f"epoch {step / steps:.1f}/{args.epochs} step {step}/{total} loss {loss:.4f}"
-            line += f" purity {purity:.3f} knn {knn:.2f} lr {lr:.4f} {speed:.0f} img/s {left} left"
-            print(line, end="\r" if os.isatty(1) and not done else "\n", flush=True)
+            line = f"epoch {step / steps:.1f}/{args.epochs} step {step} loss {loss:.4f} purity"
+            line += f" {purity:.3f} knn {knn:.2f} lr {lr:.3g} {speed:.0f} img/s {left} left"
+            line += f"\n20-NN {knn:.2f}%, python eval_linear.py --checkpoint {last}" * (step == end)
+            print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
             if done or time.time() - saved > 60 * args.checkpoint_minutes:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
                 state |= dict(step=step, pushed=model.bank.pushed, args=vars(args))
@@ -486,10 +486,10 @@ def main(args):
                 os.replace(last.with_suffix(".tmp"), last)  # whole or not at all
                 torch.save(model.online[0].state_dict(), last.with_name("backbone.pt"))
                 saved = time.time()
+        if world > 1 and done:
+            dist.barrier()  # until the checkpoint is complete
         check(not stopped, f"stopped at step {step}; continue with --resume {last}")
         history, since = [], time.time()
-    if rank == 0:
-        print(f"20-NN {knn:.2f}%. Next: python eval_linear.py --checkpoint {last}")
     return {"loss": loss, "knn": knn, "checkpoint": str(last)}
 
 if __name__ == "__main__":  # --help shows one group for each base class of Args

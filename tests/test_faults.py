@@ -168,27 +168,41 @@ def finished_run():
     Path("runs/a/last.pt").write_text("not a checkpoint")
 
 
+def other_script():
+    torch.save(dict(args=dict(temperature=1.0), step=1), "other.pt")
+
+
+def own_run():
+    finished_run()
+    torch.save(dict(args=vars(msf.resolve(msf.Args())[0]), step=1), "own.pt")
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
         (dict(dataset="mnist"), "unknown --dataset mnist: one of digits, "),
-        (dict(dataset="folder", data_dir="nowhere"), "no folder in .*nowhere .*CLASS"),
-        (dict(dataset="imagenet", data_dir="nowhere"), "no imagenet in .*nowhere .*CLASS"),
+        (dict(dataset="folder", data_dir="nowhere"), "no folder in .*nowhere .*train/CLASS"),
+        (dict(dataset="imagenet", data_dir="nowhere"), "no imagenet in .*nowhere .*image-net.org"),
         (dict(setup=empty_class, image_size=32, **TINY), "empty"),
         (dict(setup=class_in_val_only, image_size=32, **TINY), "one of train and val: new"),
         (dict(batch_size=1438, bank_size=5000), "--batch-size 1438: there are 1437 training images"),
-        (dict(topk=65), "--topk 65: from 1 to --batch-size, 64"),
-        (dict(topk=0), "--topk 0"),
-        (dict(bank_size=63), "--bank-size 63: at least --batch-size, 64"),
-        (dict(topk=10, bank_size=5), "--bank-size 5"),
+        (dict(topk=65), "must rise: --topk"),
+        (dict(topk=0), "must rise: --topk"),
+        (dict(bank_size=63), "must rise"),
+        (dict(topk=10, bank_size=5), "must rise"),
         (dict(batch_size=64, world=3), "--batch-size 64 does not divide by 3 processes"),
         (dict(batch_size=8, world=8), "2 images or more"),
         (dict(resume="none.pt"), "cannot resume from none.pt"),
         (dict(setup=finished_run, resume="runs/a/last.pt"), "cannot resume from runs/a/last.pt"),
         (dict(setup=finished_run, run_name="a"), "runs/a/last.pt exists"),
-        (dict(run_name="../a"), "--run-name: not a plain name"),
-        (dict(run_name=".."), "--run-name: not a plain name"),
-        (dict(run_name="/tmp/a"), "--run-name: not a plain name"),
+        (dict(setup=other_script, resume="other.pt"), "cannot resume from other.pt"),
+        (dict(setup=own_run, resume="own.pt", arch="resnet18"), "--resume keeps arch"),
+        (dict(setup=own_run, resume="own.pt", run_name="a"), "runs/a/last.pt exists"),
+        (dict(run_name="../a"), "--run-name: must be a plain name"),
+        (dict(run_name=""), "--run-name: must be a plain name"),
+        (dict(run_name="."), "--run-name: must be a plain name"),
+        (dict(run_name=".."), "--run-name: must be a plain name"),
+        (dict(run_name="/tmp/a"), "--run-name: must be a plain name"),
     ],
 )
 def test_a_mistake_is_answered_by_one_line(given, message, monkeypatch):

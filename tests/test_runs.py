@@ -44,13 +44,14 @@ def assert_same_state(a, b):
 def start(*words, processes=1):
     command = [sys.executable, str(ROOT / "msf.py"), *words]
     if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        command[1:1] = [*launcher, f"--nproc_per_node={processes}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_run_learns_and_leaves_what_it_promises():
+def test_a_run_leaves_what_it_promises():
     result = msf.main(msf.Args(run_name="a", **SHORT))
-    assert result["knn"] > 70 and math.isfinite(result["loss"])
+    assert result["knn"] > 70 and 0 < result["loss"] < 1
     assert result["checkpoint"] == "runs/a/last.pt"
     run = load("a")
     assert run["step"] == 2 * (1437 // 64)
@@ -88,7 +89,7 @@ def test_resume_continues_bit_for_bit():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_resumes_within_the_epoch(number):
     process = start("--run-name", "a", "--epochs", "3", "--log-every", "1")
-    while "step 25/" not in (line := process.stdout.readline()):
+    while " step 25 " not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     process.send_signal(number)
     began = time.time()
@@ -108,6 +109,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint():
     with pytest.raises(SystemExit, match=r"loss nan at step \d+, lr .*runs/a/last.pt"):
         msf.main(msf.Args(resume="runs/a/last.pt", lr=1e30))
     assert Path("runs/a/last.pt").read_bytes() == before
+
+
+def test_what_is_given_on_resume_wins_over_the_checkpoint():
+    msf.main(msf.Args(run_name="a", epochs=2, stop_epoch=1, knn_every=7))
+    msf.main(msf.Args(resume="runs/a/last.pt", weight_decay=0.25))
+    run = load("a")
+    assert run["optimizer"]["param_groups"][0]["weight_decay"] == run["args"]["weight_decay"] == 0.25
+    assert run["args"]["knn_every"] == 7 and run["args"]["stop_epoch"] is None
+
+
+def test_torchrun_stopped_by_a_signal_keeps_the_checkpoint():
+    """Two processes with workers that decode files; the launcher passes SIGTERM on to all of them."""
+    from test_faults import write_folder
+
+    write_folder("d", side=100)
+    words = "--dataset folder --data-dir d --image-size 96 --arch resnet10 --stem small-stride"
+    words += " --batch-size 8 --bank-size 16 --num-workers 1 --epochs 5000 --log-every 1 --run-name a"
+    process = start(*words.split(), processes=2)
+    while " step 3 " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    step = int(re.search(r"stopped at step (\d+)", errors)[1])
+    assert load("a")["step"] == step >= 3
 
 
 def test_the_order_of_images():
@@ -189,7 +215,7 @@ def test_torchrun_trains_on_the_cpu():
     process = start("--epochs", "2", "--run-name", "two", processes=2)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert re.search(r"20-NN \d\d\.\d\d%.*--checkpoint runs/two/last.pt", output)
+    assert re.search(r"20-NN \d\d\.\d\d%, python eval_linear.py --checkpoint runs/two/last.pt", output)
     assert output.count("20-NN") == 1 and "Warning" not in errors.replace("OMP_NUM_THREADS", "")
     assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
@@ -202,5 +228,5 @@ def test_help_has_a_sentence_for_every_argument_and_groups_them():
         assert group in text
     words = re.sub(r"[│╭╮╰╯─\s]+", " ", text)
     for name in vars(msf.Args()):
-        pattern = rf"--{name.replace('_', '-')}[ ,]\S*.*? [A-Z][^()]{{8,}}.*?\(default:"
-        assert re.search(pattern, words), name
+        option = re.search(rf"--{name.replace('_', '-')}[ ,](.*?)\(default:", words)
+        assert option and re.search(r"[A-Z][a-z0-9].{8,}\.$|[a-z, ]{20,}\.$", option[1].strip()), name
