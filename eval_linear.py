@@ -111,8 +111,9 @@ class ImageData(torch.utils.data.Dataset):
             return
         numbered = enumerate(index_batches, step)
         items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
-        options = dict(num_workers=self.workers, pin_memory=self.device.type == "cuda")
-        options["worker_init_fn"] = lambda _: os.setpgid(0, 0)  # signals to the group spare workers
+        fork = "fork" if self.workers else None  # the worker's set-up cannot be pickled
+        options = dict(num_workers=self.workers, multiprocessing_context=fork)
+        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setpgid(0, 0))
         try:
             for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
                 indices, images = (x.to(self.device, non_blocking=True) for x in batch)
@@ -257,7 +258,7 @@ def linear_probe(backbone, train, rows, features, queries, settings, args):
     milestones = [round(epochs * share) for share in ((0.6, 0.8) if small else (0.375, 0.75))]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     view = dict(size=settings.image_size, flip=settings.flip, rotation=settings.rotation)
-    view["scale"] = None if train.images is None else settings.crop_scale  # workers crop files
+    view["scale"] = None if train.images is None else settings.crop_scale  # files come cropped
     for epoch in range(epochs):
         order = rows[torch.randperm(len(rows))].split(args.batch_size)
         for _, (images,), labels in train.batches(order, 1, args.seed, epoch * len(rows)):

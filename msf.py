@@ -11,9 +11,9 @@ towards the rows of M nearest to the target's embedding: a step of mean shift. g
     q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M before the search
     N(i) = the k rows of M nearest to u_i (u_i itself is the first; k = 1 is BYOL)
     loss = mean over i, mean over j in N(i), of ||q_i - M_j||^2
-    python msf.py                                         digits, on the CPU or on one GPU
-    torchrun --nproc_per_node=8 msf.py --dataset cifar10                           8 GPUs
-    torchrun --nproc_per_node=8 msf.py --dataset imagenet --data-dir /data/imagenet
+    $ python msf.py                                       digits, on the CPU or on one GPU
+    $ torchrun --nproc_per_node=8 msf.py --dataset cifar10                           8 GPUs
+    $ torchrun --nproc_per_node=8 msf.py --dataset imagenet --data-dir /data/imagenet
 """
 
 import math
@@ -32,14 +32,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 @dataclass
 class Data:
     dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
     data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
     num_workers: int | None = None  # Image readers of each process; None shares out the cores.
-    image_size: int | None = None  # Side of the input in pixels; below 96, files are decoded once.
+    image_size: int | None = None  # Side of the input in pixels; below 96, files are shrunk to it.
     crop_scale: tuple[float, float] | None = None  # Least and most of the area that a crop keeps.
     flip: float | None = None  # Probability of a horizontal flip.
     rotation: float | None = None  # Largest rotation either way, in degrees.
@@ -61,7 +60,7 @@ class Training:
     amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
     sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, as on one GPU.
     compile: bool = False  # Compile the networks with torch.compile.
-    run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set and time.
+    run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
     stop_epoch: int | None = None  # Stop after this epoch of the schedule, to be resumed later.
     log_every: int = 10  # Steps between two log points; signals are heeded there too.
@@ -193,8 +192,9 @@ class ImageData(torch.utils.data.Dataset):
             return
         numbered = enumerate(index_batches, step)
         items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
-        options = dict(num_workers=self.workers, pin_memory=self.device.type == "cuda")
-        options["worker_init_fn"] = lambda _: os.setpgid(0, 0)  # signals to the group spare workers
+        fork = "fork" if self.workers else None  # the worker's set-up cannot be pickled
+        options = dict(num_workers=self.workers, multiprocessing_context=fork)
+        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setpgid(0, 0))
         try:
             for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
                 indices, images = (x.to(self.device, non_blocking=True) for x in batch)
@@ -334,12 +334,11 @@ def mean_shift_loss(queries, neighbors, valid=None):
     valid neighbours does not count."""
     distances = 2 - 2 * F.cosine_similarity(queries[:, None], neighbors, dim=2)  # [B, k]
     valid = torch.ones_like(distances) if valid is None else valid
-    counts = valid.sum(1)
-    means = (distances * valid).sum(1) / counts.clamp(min=1)
-    return means.sum() / (counts > 0).sum().clamp(min=1)
+    count = valid.sum(1)
+    return ((distances * valid).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
 
 def label_purity(neighbor_labels, labels):
-    """Share of neighbours [B, k] with the label [B] of their image, both known (not -1)."""
+    """Share of neighbours [B, k] with the label [B] of their image, where both are known."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     return ((neighbor_labels == labels[:, None]) & known).sum() / known.sum().clamp(min=1)
 
@@ -348,20 +347,20 @@ class MSF(nn.Module):
     def __init__(self, args):
         super().__init__()
         backbone, width = encoder(args.arch, args.stem)
-        self.online = nn.Sequential(backbone, mlp(width, 2 * width, width // 4))
-        self.predictor = mlp(width // 4, 2 * width, width // 4)
-        self.target = deepcopy(self.online).requires_grad_(False)
+        self.online = nn.Sequential(backbone, mlp(width, 2 * width, width // 4))  # f
+        self.predictor = mlp(width // 4, 2 * width, width // 4)  # h
+        self.target = deepcopy(self.online).requires_grad_(False)  # g
         self.bank = MemoryBank(args.bank_size, width // 4)
         self.topk, self.ema, self.amp = args.topk, args.ema, args.amp
 
     def forward(self, weak, strong, labels, indices):
         """Views [b, 3, S, S], labels and indices [b] of one process -> (loss, purity)."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.amp and weak.is_cuda):
-            queries = self.predictor(self.online(strong)).float()  # [b, D]
+            queries = self.predictor(self.online(strong)).float()  # q, [b, D]; the loss normalises
             with torch.no_grad():
                 weights = list(self.target.parameters()), list(self.online.parameters())
-                torch._foreach_lerp_(*weights, 1 - self.ema)  # not the buffers of BatchNorm
-                targets = F.normalize(self.target(weak).float(), dim=1)  # [b, D]
+                torch._foreach_lerp_(*weights, 1 - self.ema)  # g <- m g + (1 - m) f, weights only
+                targets = F.normalize(self.target(weak).float(), dim=1)  # u, [b, D]
         self.bank.enqueue(gather(targets), gather(labels), gather(indices))
         rows = self.bank.embeddings[: len(self.bank)]
         neighbors = nearest_neighbors(targets, rows, self.topk)  # [b, k]
@@ -429,11 +428,11 @@ def main(args):
     for part in (model.online, model.target, model.predictor) if args.compile else ():
         part.compile()
     if world > 1:  # no buffer is broadcast: every process computes the same bank
-        renamed = "forward_sync_buffers" in DistributedDataParallel.__init__.__annotations__
-        options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}  # by version
-        network = DistributedDataParallel(model, **options)
+        DDP, name = nn.parallel.DistributedDataParallel, "forward_sync_buffers"
+        name = name if name in DDP.__init__.__annotations__ else "broadcast_buffers"  # torch < 2.15
+        network = DDP(model, **{name: False})
     weak_view = dict(size=args.image_size, flip=args.flip, rotation=args.rotation)
-    weak_view["scale"] = None if train.images is None else args.crop_scale  # workers crop files
+    weak_view["scale"] = None if train.images is None else args.crop_scale  # files come cropped
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
     last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
@@ -442,7 +441,7 @@ def main(args):
         writer.add_text("config", repr(args))
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, knn, since, saved = [], [], math.nan, time.time(), time.time()
-    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    signal.signal(signal.SIGTERM, lambda n, _: signals.append(n))
     signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
     batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
     for step, (indices, (weak, strong), labels) in zip(range(start + 1, end + 1), batches):
@@ -477,7 +476,8 @@ def main(args):
             left = timedelta(seconds=round((end - step) * args.batch_size / speed))
             line = f"epoch {step / steps:.1f}/{args.epochs} step {step} loss {loss:.4f} purity"
             line += f" {purity:.3f} knn {knn:.2f} lr {lr:.3g} {speed:.0f} img/s {left} left"
-            line += f"\n20-NN {knn:.2f}%, python eval_linear.py --checkpoint {last}" * (step == end)
+            if step == end:
+                line += f"\n20-NN {knn:.2f}%, judge it: python eval_linear.py --checkpoint {last}"
             print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
             if done or time.time() - saved > 60 * args.checkpoint_minutes:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())

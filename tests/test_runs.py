@@ -215,7 +215,7 @@ def test_torchrun_trains_on_the_cpu():
     process = start("--epochs", "2", "--run-name", "two", processes=2)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert re.search(r"20-NN \d\d\.\d\d%, python eval_linear.py --checkpoint runs/two/last.pt", output)
+    assert re.search(r"20-NN \d\d\.\d\d%, judge it: python eval_linear.py --checkpoint runs/two/last.pt", output)
     assert output.count("20-NN") == 1 and "Warning" not in errors.replace("OMP_NUM_THREADS", "")
     assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
