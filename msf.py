@@ -121,7 +121,7 @@ def resolve(args):
     name, batch, world = args.run_name, args.batch_size, int(os.environ.get("WORLD_SIZE", 1))
     check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
     check(batch > world, f"--batch-size {batch}: BatchNorm needs 2 images or more a process")
-    check(1 <= args.topk <= batch <= args.bank_size, "must rise: --topk, --batch-size, --bank-size")
+    check(1 <= args.topk <= batch <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
     check(name and name == os.path.basename(name).strip("."), "--run-name: must be a plain name")
     last = Path("runs", name, "last.pt")
     own = not last.exists() or args.resume and last.samefile(args.resume)
