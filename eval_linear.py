@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
 # ///
-"""Judge a checkpoint of msf.py: k-NN and a linear probe on the frozen features of its backbone.
+"""Judge a checkpoint: k-NN and a linear probe on the frozen features of its backbone.
 
 Features are the backbone's pooled output, in eval mode, under the view for testing.
 
@@ -18,11 +18,8 @@ Features are the backbone's pooled output, in eval mode, under the view for test
 The accuracy is that of the last epoch. Data set, backbone and views are those of the checkpoint.
 """
 
-import json
-import math
-import os
+import functools, json, math, os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,8 +41,7 @@ class Args:
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
+    if not condition: raise SystemExit(f"error: {message}")
 
 # ---- data ---------------------------------------------------------------------------------------
 class ImageData(torch.utils.data.Dataset):
@@ -59,9 +55,9 @@ class ImageData(torch.utils.data.Dataset):
             if name == "digits":
                 from sklearn.datasets import load_digits
                 source, rows = load_digits(), slice(-360) if train else slice(-360, None)
-                images = torch.from_numpy(source.images[rows] / 16)[:, None].expand(-1, 3, -1, -1)
-                images = F.interpolate(images, scale_factor=2, mode="bilinear")
-                images, labels = (images * 255).round().byte(), source.target[rows]
+                labels, images = source.target[rows], torch.tensor(source.images[rows] / 16)
+                images = F.interpolate(images[:, None], scale_factor=2, mode="bilinear") * 255
+                images = images.round().byte().expand(-1, 3, -1, -1)
             elif name in ("cifar10", "cifar100", "stl10"):
                 split = train if name != "stl10" else "train+unlabeled" if train else "test"
                 source = getattr(datasets, name.upper())(root, split, download=True)
@@ -77,8 +73,7 @@ class ImageData(torch.utils.data.Dataset):
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error:
-            how = "CIFAR and STL-10 are downloaded; others: train/CLASS/*.jpg and val/CLASS/*.jpg"
-            how += ", from image-net.org and http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+            how = "train/CLASS/*.jpg and val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
             raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
         self.classes = list(getattr(source, "classes", range(10)))
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
@@ -87,9 +82,8 @@ class ImageData(torch.utils.data.Dataset):
         self.test_crop = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
         self.random_crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
         if images is None and size < 96:
-            batches = self.batches(torch.arange(len(labels)).split(256))
-            self.images = torch.cat([images for _, (images,), _ in batches])
-
+            every = torch.arange(len(labels)).split(256)
+            self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
     def __getitem__(self, item):
         """(index, number of views, seed) -> (index, uint8 [views, 3, size, size])."""
         index, views, seed = item
@@ -100,7 +94,6 @@ class ImageData(torch.utils.data.Dataset):
         torch.manual_seed(seed)
         crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
         return index, torch.stack(crops)
-
     def batches(self, index_batches, views=0, seed=0, step=0):
         """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b], batch by batch.
         Files give crops drawn by seed and step, or with views = 0 the one crop for testing."""
@@ -111,9 +104,9 @@ class ImageData(torch.utils.data.Dataset):
             return
         numbered = enumerate(index_batches, step)
         items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
-        fork = "fork" if self.workers else None  # the worker's set-up cannot be pickled
+        fork = "fork" if self.workers else None  # what is on a GPU cannot be pickled
         options = dict(num_workers=self.workers, multiprocessing_context=fork)
-        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setpgid(0, 0))
+        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setsid())
         try:
             for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
                 indices, images = (x.to(self.device, non_blocking=True) for x in batch)
@@ -127,7 +120,7 @@ def random_boxes(n, height, width, scale, device):
     area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    fits = (w * h > 0) & (w <= width) & (h <= height)
     first, found = fits.int().argmax(1, keepdim=True), fits.any(1)  # of ten tries, else all of it
     w, h = (x.gather(1, first)[:, 0].where(found, side) for x, side in ((w, width), (h, height)))
     top, left = torch.rand(2, n, device=device)
@@ -136,11 +129,10 @@ def random_boxes(n, height, width, scale, device):
 def warp(images, boxes, size, flip, degrees):
     """Cut boxes (top, left, height, width), [n] each, out of uint8 [n, 3, H, W], resize, mirror
     where flip [n], turn counter-clockwise by degrees [n], bilinear: float [n, 3, size, size]."""
-    angle, flip = degrees.deg2rad().view(-1, 1, 1), flip.view(-1, 1, 1)
-    top, left, height, width = (side.view(-1, 1, 1) for side in boxes)
+    top, left, height, width, flip, angle = (x.view(-1, 1, 1) for x in (*boxes, flip, degrees))
     steps = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # -1..1 across the view
-    x = angle.cos() * steps - angle.sin() * steps[:, None]  # [n, size, size]
-    y = angle.sin() * steps + angle.cos() * steps[:, None]
+    cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
+    x, y = cos * steps - sin * steps[:, None], sin * steps + cos * steps[:, None]  # [n, size, size]
     x, y = torch.where(flip, 1 - x, 1 + x) / 2 * width, (1 + y) / 2 * height  # in pixels of the box
     x = (left + x.clamp(min=0.5).minimum(width - 0.5)) * 2 / images.shape[3] - 1  # -1..1 again
     y = (top + y.clamp(min=0.5).minimum(height - 0.5)) * 2 / images.shape[2] - 1
@@ -173,11 +165,10 @@ def gaussian_blur(images, sigma):
 
 def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
     """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size].
-    scale: least and most area of a random resized crop, None: all; flip, gray, blur: probabilities;
-    rotation: degrees; jitter: brightness, contrast, saturation and hue as in torchvision,
-    with probability 0.8. The defaults give the view for testing."""
+    scale: area of a random resized crop (None: whole); flip, gray, blur: probabilities; rotation:
+    degrees; jitter: as torchvision's, with probability 0.8. The defaults: the view for testing."""
     (n, _, height, width), device = images.shape, images.device
-    random = partial(torch.rand, n, 1, 1, 1, device=device)
+    random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
     boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
     boxes = random_boxes(n, height, width, scale, device) if scale else boxes
     images = warp(images, boxes, size, random() < flip, rotation * (2 * random() - 1))
@@ -186,14 +177,12 @@ def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), g
         amounts = [(i < 3) + chosen * x * (2 * random() - 1) for i, x in enumerate(jitter)]
         for i in torch.randperm(4).tolist():  # one order for the batch, as in torchvision
             images = adjust(images, i, amounts[i]) if jitter[i] else images
-    if gray:
-        images = torch.where(random() < gray, adjust(images, 2, 0), images)
+    if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
     if blur:
         sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
         images = gaussian_blur(images, sigma.view(n, 1))
-    scales = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    images = torch.stack([(channel - mean) / std for channel, mean, std in scales], dim=1)
-    return images.contiguous(memory_format=torch.channels_last)
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 # ---- features -----------------------------------------------------------------------------------
 def encoder(arch, stem):
@@ -213,12 +202,15 @@ def embed(backbone, data, rows, size):
     return torch.cat([backbone(augment(images, size)) for _, (images,), _ in batches])
 
 # ---- k-NN ---------------------------------------------------------------------------------------
-def nearest_neighbors(targets, bank, k):
-    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first.
-    All have unit norm: the nearest have the largest inner product. Raises ValueError if k > M."""
-    if k > len(bank):
-        raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
-    return (targets @ bank.T).topk(k, dim=1).indices
+def nearest_neighbors(targets, bank, k, mask=None):
+    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, all
+    of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
+    missing. Raises ValueError if k > M."""
+    if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
+    similarities = targets @ bank.T
+    if mask is not None: similarities.masked_fill_(~mask, -math.inf)
+    values, indices = similarities.topk(k, dim=1)
+    return indices.masked_fill(values == -math.inf, -1)
 
 def knn_predict(queries, features, labels, k, num_classes, temperature=None):
     """Classes [B], voted by the k rows of features [N, F] nearest in cosine to queries [B, F].

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+from conftest import stop_at
 from PIL import Image
 
 import msf
@@ -65,13 +66,15 @@ def test_two_crops_of_one_decoding_repeat_with_their_seed():
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_a_folder_trains_and_resumes(size):
+def test_a_folder_trains_and_resumes(size, monkeypatch):
     write_folder("d", side=100)
     given = dict(image_size=size, epochs=2, num_workers=1, **TINY)
     result = msf.main(msf.Args(run_name="a", **given))
     assert 0 <= result["knn"] <= 100
-    msf.main(msf.Args(run_name="b", stop_epoch=1, **given))
-    msf.main(msf.Args(resume="runs/b/last.pt"))
+    stop_at(2, msf, monkeypatch)
+    with pytest.raises(SystemExit, match="stopped at step 2;"):
+        msf.main(msf.Args(run_name="b", **given))
+    msf.main(msf.Args(resume="runs/b/last.pt", num_workers=1))
     a, b = (torch.load(f"runs/{name}/last.pt")["model"] for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -34,7 +34,7 @@ def slow_neighbors(targets, bank, k):
     for target in targets.double():
         distances = [((target - row) ** 2).sum().item() for row in bank.double()]
         rows.append(sorted(range(len(bank)), key=lambda j: distances[j])[:k])
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("b, k, d", [(1, 1, 2), (7, 5, 16), (3, 1, 8), (5, 12, 4)])
@@ -97,6 +97,19 @@ def test_neighbours_among_ties_are_distinct_rows_at_the_smallest_distances():
     torch.testing.assert_close(distances.gather(1, found), expected, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(20,), (9, 20)])
+def test_masked_neighbours_equal_a_sort_of_the_rows_left(shape):
+    targets, bank = unit(9, 8), unit(20, 8)
+    mask = torch.rand(shape) < 0.4
+    if len(shape) == 2:
+        mask[0], mask[1] = False, torch.arange(20) == 7  # no row, and one row
+    found = msf.nearest_neighbors(targets, bank, 6, mask)
+    for i, row in enumerate(found):
+        left = mask.expand(9, 20)[i].nonzero()[:, 0]
+        expected = left[slow_neighbors(targets[i : i + 1], bank[left], 6)[0]].tolist()
+        assert row.tolist() == expected + [-1] * (6 - len(expected))
+
+
 def test_more_neighbours_than_rows_is_an_error():
     with pytest.raises(ValueError, match="k = 4 .* 3 rows"):
         msf.nearest_neighbors(unit(2, 5), unit(3, 5), 4)
@@ -140,7 +153,7 @@ def test_a_step_equals_the_paper():
         before = [w.clone() for w in model.target.parameters()]
         weak, strong = torch.randn(8, 3, 16, 16), torch.randn(8, 3, 16, 16)
         labels, indices = torch.randint(-1, 3, (8,)), torch.arange(8 * step, 8 * step + 8)
-        loss, purity = model(weak, strong, labels, indices)
+        loss, metrics = model([weak, strong], labels, indices)
         for old, new, online in zip(before, model.target.parameters(), model.online.parameters()):
             torch.testing.assert_close(new, args.ema * old + (1 - args.ema) * online)
         with torch.no_grad():
@@ -154,7 +167,7 @@ def test_a_step_equals_the_paper():
         assert torch.equal(nearest[:, 0], own)  # each image is its own first neighbour
         pairs = [(labels[i].item(), recent_labels[j]) for i in range(8) for j in nearest[i].tolist()]
         known = [a == b for a, b in pairs if a >= 0 and b >= 0]
-        assert purity.item() == pytest.approx(sum(known) / max(1, len(known)))
+        assert metrics["purity"].item() == pytest.approx(sum(known) / max(1, len(known)))
         with torch.no_grad():
             for weight in model.online.parameters():
                 weight.add_(0.01 * torch.randn_like(weight))
@@ -163,7 +176,7 @@ def test_a_step_equals_the_paper():
 def test_no_gradient_reaches_target_or_bank():
     model, _ = small_model(batch_size=4)
     images = torch.randn(4, 3, 16, 16)
-    model(images, images, torch.zeros(4).long(), torch.arange(4))[0].backward()
+    model([images, images], torch.zeros(4).long(), torch.arange(4))[0].backward()
     assert all(w.grad is None for w in model.target.parameters())
     assert all(w.grad is not None for w in [*model.online.parameters(), *model.predictor.parameters()])
     assert not model.bank.embeddings.requires_grad
@@ -172,7 +185,7 @@ def test_no_gradient_reaches_target_or_bank():
 def test_target_keeps_batch_statistics_of_its_own():
     model, _ = small_model(batch_size=8)
     weak, strong = torch.randn(8, 3, 16, 16), 5 + torch.randn(8, 3, 16, 16)
-    model(weak, strong, torch.zeros(8).long(), torch.arange(8))
+    model([weak, strong], torch.zeros(8).long(), torch.arange(8))
     online, target = model.online[0].bn1, model.target[0].bn1
     assert target.num_batches_tracked == online.num_batches_tracked == 1
     assert not torch.allclose(online.running_mean, target.running_mean)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT
+from conftest import ROOT, stop_at
 
 import eval_linear
 import msf
@@ -76,11 +76,13 @@ def test_a_run_leaves_what_it_promises():
     assert judged["linear"] > 60 and Path("runs/a/eval.json").exists()
 
 
-def test_resume_continues_bit_for_bit():
+def test_resume_continues_bit_for_bit(monkeypatch):
     given = dict(epochs=4, warmup_epochs=0.5, bank_size=100)
     msf.main(msf.Args(run_name="whole", **given))
-    msf.main(msf.Args(run_name="parts", stop_epoch=2, **given))
-    assert load("parts")["step"] == 2 * 22
+    stop_at(37, msf, monkeypatch)
+    with pytest.raises(SystemExit, match="stopped at step 40; continue with --resume runs/parts/last.pt"):
+        msf.main(msf.Args(run_name="parts", **given))
+    assert load("parts")["step"] == 40
     result = msf.main(msf.Args(resume="runs/parts/last.pt"))
     assert result["checkpoint"] == "runs/parts/last.pt"
     assert_same_state(load("whole"), load("parts"))
@@ -104,19 +106,20 @@ def test_a_signal_saves_and_the_run_resumes_within_the_epoch(number):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint():
-    msf.main(msf.Args(run_name="a", epochs=2, warmup_epochs=0, stop_epoch=1))
+    msf.main(msf.Args(run_name="a", epochs=1, warmup_epochs=0))
     before = Path("runs/a/last.pt").read_bytes()
     with pytest.raises(SystemExit, match=r"loss nan at step \d+, lr .*runs/a/last.pt"):
-        msf.main(msf.Args(resume="runs/a/last.pt", lr=1e30))
+        msf.main(msf.Args(resume="runs/a/last.pt", lr=1e30, epochs=2))
     assert Path("runs/a/last.pt").read_bytes() == before
 
 
 def test_what_is_given_on_resume_wins_over_the_checkpoint():
-    msf.main(msf.Args(run_name="a", epochs=2, stop_epoch=1, knn_every=7))
-    msf.main(msf.Args(resume="runs/a/last.pt", weight_decay=0.25))
+    msf.main(msf.Args(run_name="a", epochs=1, knn_every=7, num_workers=3))
+    msf.main(msf.Args(resume="runs/a/last.pt", weight_decay=0.25, epochs=2))
     run = load("a")
     assert run["optimizer"]["param_groups"][0]["weight_decay"] == run["args"]["weight_decay"] == 0.25
-    assert run["args"]["knn_every"] == 7 and run["args"]["stop_epoch"] is None
+    assert run["args"]["knn_every"] == 7 and run["step"] == 2 * 22
+    assert run["args"]["num_workers"] == msf.Args().num_workers  # of the machine that resumes
 
 
 def test_torchrun_stopped_by_a_signal_keeps_the_checkpoint():
@@ -167,7 +170,8 @@ def train_in_eval_mode(rank, world, folder):
         weak, strong = torch.rand(2, 8, 3, 16, 16)
         labels, indices = torch.randint(0, 3, (8,)), torch.arange(8) + 8 * step
         batch = (x[share] for x in (weak, strong, labels, indices))
-        loss, _ = network(*batch)
+        weak, strong, labels, indices = batch
+        loss, _ = network([weak, strong], labels, indices)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -215,18 +219,17 @@ def test_torchrun_trains_on_the_cpu():
     process = start("--epochs", "2", "--run-name", "two", processes=2)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert re.search(r"20-NN \d\d\.\d\d%, judge it: python eval_linear.py --checkpoint runs/two/last.pt", output)
+    assert re.search(r"20-NN \d\d\.\d\d%: python eval_linear.py --checkpoint runs/two/last.pt", output)
     assert output.count("20-NN") == 1 and "Warning" not in errors.replace("OMP_NUM_THREADS", "")
     assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
 
-def test_help_has_a_sentence_for_every_argument_and_groups_them():
+@pytest.mark.parametrize("script", [msf])
+def test_help_has_a_sentence_for_every_argument(script):
     env = os.environ | {"COLUMNS": "100"}
-    command = [sys.executable, str(ROOT / "msf.py"), "--help"]
+    command = [sys.executable, script.__file__, "--help"]
     text = subprocess.run(command, capture_output=True, text=True, env=env).stdout
-    for group in ("Data options", "Training options", "MeanShift options"):
-        assert group in text
     words = re.sub(r"[│╭╮╰╯─\s]+", " ", text)
-    for name in vars(msf.Args()):
+    for name in vars(script.Args()):
         option = re.search(rf"--{name.replace('_', '-')}[ ,](.*?)\(default:", words)
         assert option and re.search(r"[A-Z][a-z0-9].{8,}\.$|[a-z, ]{20,}\.$", option[1].strip()), name

@@ -1,0 +1,499 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
+# ///
+"""CMSF: Constrained Mean Shift (Navaneet, Abbasi Koohpayegani, Tejankar et al., ECCV 2022).
+
+MSF averages neighbours that are near already. CMSF searches among rows of M that another view of
+the images says are related, by its embeddings u' in M': last epoch's, a third view's, or clusters.
+    q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M, and u' into M'
+    C(i) = the n rows of M' nearest to u'_i; or all rows whose image is in i's cluster
+    loss = 1/2 (MSF's with N(i) = the k rows of C(i) nearest to u_i in M) + 1/2 (MSF's)
+    $ python cmsf_ssl.py                                  digits, on the CPU or on one GPU
+    $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset cifar10                      8 GPUs
+    $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset imagenet --data-dir /data/imagenet
+"""
+import copy, datetime, functools, math, os, signal, time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import distributed as dist, nn
+
+@dataclass
+class Args:
+    """Train with constrained mean shift. None stands for the value in the data set's recipe."""
+    # the data set, and the views of its images
+    dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
+    data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
+    num_workers: int = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # File readers.
+    image_size: int | None = None  # Side of the input in pixels; below 96, files are shrunk to it.
+    crop_scale: tuple[float, float] | None = None  # Least and most of the area that a crop keeps.
+    flip: float | None = None  # Probability of a horizontal flip.
+    rotation: float | None = None  # Largest rotation either way, in degrees.
+    jitter: tuple[float, float, float, float] | None = None  # Strong view's colour jitter (p 0.8).
+    gray: float | None = None  # Probability that the strong view is gray.
+    blur: float | None = None  # Probability that the strong view is blurred (sigma 0.1 to 2 px).
+    # the network and its training
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
+    stem: Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # First layers.
+    epochs: int | None = None  # Passes over the training images.
+    batch_size: int | None = None  # Images a step, over all processes.
+    lr: float | None = None  # Highest learning rate of SGD, for this batch size; never rescaled.
+    warmup_epochs: float | None = None  # Epochs of linear warm-up, before the cosine decay to 0.
+    momentum: float | None = None  # Momentum of SGD.
+    weight_decay: float | None = None  # Weight decay of SGD, on every weight.
+    seed: int = 0  # Seed of the weights, of the order of the images and of their views.
+    amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
+    sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, as on one GPU.
+    compile: bool = False  # Compile the networks with torch.compile.
+    run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
+    resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
+    log_every: int = 10  # Steps between two log points; signals are heeded there too.
+    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images.
+    checkpoint_minutes: float = 10.0  # Minutes between two checkpoints; one more at every stop.
+    # the method
+    topk: int | None = None  # Neighbours k of each image.
+    bank_size: int | None = None  # Rows of the memory bank.
+    ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
+    constraint: Literal["previous-epoch", "third-view", "kmeans"] = "previous-epoch"  # What is u'.
+    num_candidates: int = 10  # Candidates n, among which the k neighbours are; not for kmeans.
+    num_clusters: int | None = None  # Clusters of kmeans; None: one for every 25 images.
+    half_cache: bool = False  # Keep last epoch's embeddings of all images in float16.
+
+IMAGENET = dict(  # section 4 of the paper
+    arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
+    jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
+    momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
+CIFAR = IMAGENET | dict(  # lr, decay, warm-up and bank of MNN's recipe, arXiv 2311.00562
+    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5, weight_decay=5e-4,
+    bank_size=4096)
+TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
+DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
+    arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
+    rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
+RECIPES = dict(digits=DIGITS, cifar10=CIFAR, cifar100=CIFAR, stl10=TINY, tinyimagenet=TINY,
+               **dict.fromkeys(("imagenet", "folder"), IMAGENET | dict(bank_size=128_000)))
+
+def check(condition, message):
+    """Stop with one line on the terminal unless the condition holds."""
+    if not condition: raise SystemExit(f"error: {message}")
+
+def resolve(args):
+    """Complete args from the recipe, or from the checkpoint to resume: (args, checkpoint or None).
+    Raises SystemExit for values that cannot work."""
+    check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
+    name = f"{Path(__file__).stem}-{args.dataset}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    checkpoint, base = None, dict(run_name=name) | RECIPES[args.dataset]
+    if args.resume:
+        try:
+            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+            base = vars(Args(**checkpoint["args"])) | dict(num_workers=args.num_workers)
+        except Exception as error:
+            raise SystemExit(f"error: cannot resume from {args.resume}: {error!r:.200}") from None
+    given = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
+    fixed = given.keys() & {"dataset", "arch", "stem", "bank_size"} if checkpoint else ()
+    check(not fixed, f"--resume keeps {', '.join(fixed)} as stored: leave that out")
+    args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
+    name, batch, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
+    check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
+    check(batch > world, f"--batch-size {batch}: BatchNorm needs 2 images or more a process")
+    check(1 <= args.topk <= batch <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
+    check(name and name == os.path.basename(name).strip("."), "--run-name: must be a plain name")
+    own = not last.exists() or args.resume and last.samefile(args.resume)
+    check(own, f"{last} exists: --resume it, or choose another --run-name")
+    return args, checkpoint
+# ---- data ---------------------------------------------------------------------------------------
+class ImageData(torch.utils.data.Dataset):
+    """A split on the device: labels int64 [N], -1 = unknown, and images uint8 [N, 3, H, W], or None
+    where workers decode files as needed. Raises SystemExit where the data set is missing."""
+    def __init__(self, args, train, device):
+        from torchvision import datasets, transforms as T
+        name, root, size = args.dataset, Path(args.data_dir), args.image_size
+        self.device, self.workers, images = device, args.num_workers, None
+        try:
+            if name == "digits":
+                from sklearn.datasets import load_digits
+                source, rows = load_digits(), slice(-360) if train else slice(-360, None)
+                labels, images = source.target[rows], torch.tensor(source.images[rows] / 16)
+                images = F.interpolate(images[:, None], scale_factor=2, mode="bilinear") * 255
+                images = images.round().byte().expand(-1, 3, -1, -1)
+            elif name in ("cifar10", "cifar100", "stl10"):
+                split = train if name != "stl10" else "train+unlabeled" if train else "test"
+                source = getattr(datasets, name.upper())(root, split, download=True)
+                images = torch.from_numpy(source.data)
+                images = images if name == "stl10" else images.permute(0, 3, 1, 2)
+                labels = source.labels if name == "stl10" else source.targets
+            else:
+                source = datasets.ImageFolder(root / ("train" if train else "val"))
+                (self.files, labels), self.read = zip(*source.samples), source.loader  # as RGB
+            if name == "tinyimagenet" and not train:  # one folder of images, and a list of classes
+                rows = (root / "val/val_annotations.txt").read_text().splitlines()
+                class_of = dict(row.split("\t")[:2] for row in rows)
+                source.classes = sorted(set(class_of.values()))
+                labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
+        except Exception as error:
+            how = "train/CLASS/*.jpg and val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
+            raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
+        self.classes = list(getattr(source, "classes", range(10)))
+        self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+        self.images = None if images is None else images.to(device).contiguous()
+        resize = T.Resize(size * 8 // 7 if size >= 96 else size)  # 256 for 224
+        self.test_crop = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
+        self.random_crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
+        if images is None and size < 96:
+            every = torch.arange(len(labels)).split(256)
+            self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
+    def __getitem__(self, item):
+        """(index, number of views, seed) -> (index, uint8 [views, 3, size, size])."""
+        index, views, seed = item
+        try:
+            image = self.read(self.files[index])
+        except Exception as error:
+            raise OSError(f"cannot read image {self.files[index]}: {error}") from None
+        torch.manual_seed(seed)
+        crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
+        return index, torch.stack(crops)
+    def batches(self, index_batches, views=0, seed=0, step=0):
+        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b], batch by batch.
+        Files give crops drawn by seed and step, or with views = 0 the one crop for testing."""
+        if self.images is not None:
+            for indices in index_batches:
+                indices = indices.to(self.device, non_blocking=True)
+                yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
+            return
+        numbered = enumerate(index_batches, step)
+        items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
+        fork = "fork" if self.workers else None  # what is on a GPU cannot be pickled
+        options = dict(num_workers=self.workers, multiprocessing_context=fork)
+        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setsid())
+        try:
+            for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
+                indices, images = (x.to(self.device, non_blocking=True) for x in batch)
+                yield indices, images.unbind(1), self.labels[indices]
+        except OSError as error:
+            raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from None
+# ---- views: batched, random for every image, on the device of the images ------------------------
+def random_boxes(n, height, width, scale, device):
+    """Boxes (top, left, height, width), [n] each, as torchvision's RandomResizedCrop draws them."""
+    area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w * h > 0) & (w <= width) & (h <= height)
+    first, found = fits.int().argmax(1, keepdim=True), fits.any(1)  # of ten tries, else all of it
+    w, h = (x.gather(1, first)[:, 0].where(found, side) for x, side in ((w, width), (h, height)))
+    top, left = torch.rand(2, n, device=device)
+    return (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor(), h, w
+
+def warp(images, boxes, size, flip, degrees):
+    """Cut boxes (top, left, height, width), [n] each, out of uint8 [n, 3, H, W], resize, mirror
+    where flip [n], turn counter-clockwise by degrees [n], bilinear: float [n, 3, size, size]."""
+    top, left, height, width, flip, angle = (x.view(-1, 1, 1) for x in (*boxes, flip, degrees))
+    steps = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # -1..1 across the view
+    cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
+    x, y = cos * steps - sin * steps[:, None], sin * steps + cos * steps[:, None]  # [n, size, size]
+    x, y = torch.where(flip, 1 - x, 1 + x) / 2 * width, (1 + y) / 2 * height  # in pixels of the box
+    x = (left + x.clamp(min=0.5).minimum(width - 0.5)) * 2 / images.shape[3] - 1  # -1..1 again
+    y = (top + y.clamp(min=0.5).minimum(height - 0.5)) * 2 / images.shape[2] - 1
+    return F.grid_sample(images.float() / 255, torch.stack([x, y], dim=3), align_corners=False)
+
+def adjust(images, operation, amount):
+    """Scale brightness, contrast or saturation (operation 0, 1, 2) of [n, 3, H, W], 0..1, by amount
+    [n, 1, 1, 1], or turn the hue (3) by that share of a circle."""
+    r, g, b = images.split(1, dim=1)
+    if operation < 3:
+        gray = 0.2989 * r + 0.587 * g + 0.114 * b
+        other = (0, gray.mean((1, 2, 3), keepdim=True), gray)[operation]
+        return (amount * images + (1 - amount) * other).clamp(0, 1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    safe = chroma.where(chroma > 0, 1)
+    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(value == r, (g - b) / safe, hue) + 6 * amount  # in sixths of a circle
+    turn = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
+    return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
+
+def gaussian_blur(images, sigma):
+    """Blur [n, 3, S, S] by sigma [n, 1] pixels, edges mirrored; the kernel spans a tenth of S."""
+    size, radius = images.shape[-1], max(1, images.shape[-1] // 20)
+    taps = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.softmax(-((taps / sigma) ** 2) / 2, dim=1)  # [n, taps]
+    eye = F.pad(torch.eye(size, device=images.device)[None], (radius, radius), mode="reflect")[0]
+    weights = torch.einsum("nt,jit->nij", kernel, eye.unfold(1, len(taps), 1))[:, None]
+    return weights @ images @ weights.mT
+
+def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
+    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size].
+    scale: area of a random resized crop (None: whole); flip, gray, blur: probabilities; rotation:
+    degrees; jitter: as torchvision's, with probability 0.8. The defaults: the view for testing."""
+    (n, _, height, width), device = images.shape, images.device
+    random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
+    boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
+    boxes = random_boxes(n, height, width, scale, device) if scale else boxes
+    images = warp(images, boxes, size, random() < flip, rotation * (2 * random() - 1))
+    if any(jitter):
+        chosen = random() < 0.8
+        amounts = [(i < 3) + chosen * x * (2 * random() - 1) for i, x in enumerate(jitter)]
+        for i in torch.randperm(4).tolist():  # one order for the batch, as in torchvision
+            images = adjust(images, i, amounts[i]) if jitter[i] else images
+    if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
+    if blur:
+        sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
+        images = gaussian_blur(images, sigma.view(n, 1))
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+# ---- model --------------------------------------------------------------------------------------
+def encoder(arch, stem):
+    """A torchvision ResNet that returns its pooled features [B, F], and F."""
+    from torchvision.models import resnet as nets
+    net = nets.ResNet(nets.BasicBlock, [1] * 4) if arch == "resnet10" else getattr(nets, arch)()
+    if stem != "imagenet":
+        net.conv1 = nn.Conv2d(3, 64, 3, 2 if stem == "small-stride" else 1, 1, bias=False)
+        net.maxpool = net.maxpool if stem == "small-pool" else nn.Identity()
+    width, net.fc = net.fc.in_features, nn.Identity()
+    return net, width
+
+def mlp(width, hidden, out):
+    """Projector or predictor. A bias before BatchNorm would do nothing."""
+    first = nn.Linear(width, hidden, bias=False)
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+class MemoryBank(nn.Module):
+    """The last size embeddings pushed, with labels and indices; len(bank) rows are filled."""
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("embeddings", torch.zeros(size, dim))
+        self.register_buffer("labels", torch.full((size,), -1))
+        self.register_buffer("indices", torch.full((size,), -1))
+        self.pushed = 0  # rows ever pushed, kept on the host so that no step waits for the device
+    def __len__(self):
+        return min(self.pushed, len(self.labels))
+    def enqueue(self, embeddings, labels, indices):
+        """Push [n, D], [n] and [n] over the oldest rows; where n > size, the last size of them."""
+        size, start, self.pushed = len(self.labels), self.pushed, self.pushed + len(labels)
+        rows = torch.arange(start, self.pushed, device=labels.device)[-size:] % size
+        self.embeddings[rows] = embeddings[-size:].detach()
+        self.labels[rows], self.indices[rows] = labels[-size:], indices[-size:]
+
+def gather(tensor):
+    """[b, ...] of every process -> [B, ...] on all of them, in the order of their ranks."""
+    if not dist.is_initialized(): return tensor
+    rows = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows
+# ---- the method ---------------------------------------------------------------------------------
+def nearest_neighbors(targets, bank, k, mask=None):
+    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, all
+    of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
+    missing. Raises ValueError if k > M."""
+    if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
+    similarities = targets @ bank.T
+    if mask is not None: similarities.masked_fill_(~mask, -math.inf)
+    values, indices = similarities.topk(k, dim=1)
+    return indices.masked_fill(values == -math.inf, -1)
+
+def mean_shift_loss(queries, neighbors, valid=None):
+    """Mean, over images with valid neighbours, of the mean over these of ||q - M_j||^2 = 2 - 2 cos.
+    queries [B, D], neighbors [B, k, D], valid bool [B, k] (None: all of them) -> scalar."""
+    distances = 2 - 2 * F.cosine_similarity(queries[:, None], neighbors, dim=2)  # [B, k]
+    valid = torch.ones_like(distances) if valid is None else valid
+    count = valid.sum(1)
+    return ((distances * valid).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+
+def label_purity(neighbor_labels, labels):
+    """Share of neighbours [B, k] with the label [B] of their image, where both are known."""
+    known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
+    return ((neighbor_labels == labels[:, None]) & known).sum() / known.sum().clamp(min=1)
+
+def constrained_neighbors(targets, bank, other_targets, other_bank, k, num_candidates, mask=None):
+    """Indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, among the
+    num_candidates rows of other_bank [M, D] nearest to other_targets [B, D], of those where mask
+    [M] is True; -1 stands for each that is missing. ValueError if k > num_candidates or k > M."""
+    if k > num_candidates: raise ValueError(f"k = {k} neighbours of {num_candidates} candidates")
+    n = max(k, min(num_candidates, len(bank)))
+    candidates = nearest_neighbors(other_targets, other_bank, n, mask)  # [B, n]
+    similarities = torch.einsum("bd,bnd->bn", targets, bank[candidates])
+    order = similarities.masked_fill(candidates < 0, -math.inf).topk(k, dim=1).indices
+    return candidates.gather(1, order)
+
+def spherical_kmeans(points, num_clusters, rounds=10):
+    """Cluster [N] of every row of points [N, D], by cosine; -1 for rows of zeros. An empty cluster
+    starts anew at a random row. At most 2^26 similarities are held at a time."""
+    draw = functools.partial(torch.randint, len(points), (num_clusters,))
+    clusters, centers = torch.empty_like(points[:, 0], dtype=torch.int64), points[draw()].float()
+    for _ in range(rounds):
+        sums, chunks = torch.zeros_like(centers), max(1, 2**26 // num_clusters)
+        for rows, cluster in zip(points.split(chunks), clusters.split(chunks)):
+            cluster.copy_((rows.float() @ centers.T).argmax(1))
+            sums.index_add_(0, cluster, rows.float())
+        centers = F.normalize(sums.where(sums.any(1, keepdim=True), points[draw()].float()), dim=1)
+    return clusters.where(points.any(1), -1)
+
+def neighbor_ranks(targets, bank, neighbors):
+    """Ranks, from 0, of neighbors [B, k] in bank [M, D] by similarity to targets [B, D]; flat."""
+    ranks = (targets @ bank.T).argsort(dim=1, descending=True).argsort(dim=1)  # [B, M]
+    return ranks.gather(1, neighbors.clamp(min=0))[neighbors >= 0]
+
+class CMSF(nn.Module):
+    """MSF with a second bank and the last embeddings of n images; forward is one step."""
+    def __init__(self, args, n):
+        super().__init__()
+        backbone, width = encoder(args.arch, args.stem)
+        self.online = nn.Sequential(backbone, mlp(width, 2 * width, width // 4))  # f
+        self.predictor = mlp(width // 4, 2 * width, width // 4)  # h
+        self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
+        self.bank = MemoryBank(args.bank_size, 2 * (width // 4))  # M and M' side by side
+        cache = torch.zeros(n * (args.constraint != "third-view"), width // 4)
+        self.register_buffer("cache", cache.half() if args.half_cache else cache)  # u' by image
+        self.register_buffer("clusters", torch.full((n,), -1))
+        self.args = args
+    def forward(self, views, labels, indices):
+        """views: weak, strong (, third) [b, 3, S, S]; labels, indices [b] -> loss, metrics"""
+        (weak, strong, *third), args = views, self.args
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.amp and weak.is_cuda):
+            queries = self.predictor(self.online(strong)).float()  # q, [b, D]; the loss normalises
+            with torch.no_grad():
+                weights = list(self.target.parameters()), list(self.online.parameters())
+                torch._foreach_lerp_(*weights, 1 - args.ema)  # g <- m g + (1 - m) f, weights only
+                targets = F.normalize(self.target(weak).float(), dim=1)  # u, [b, D]
+                others = [F.normalize(self.target(view).float(), dim=1) for view in third]
+        others = others[0] if third else self.cache[indices].float()  # u', [b, D]; 0: none
+        both, images = gather(torch.cat([targets, others], dim=1)), gather(indices)
+        self.bank.enqueue(both, gather(labels), images)
+        if not third: self.cache[images] = both.chunk(2, dim=1)[0].to(self.cache.dtype)
+        rows, other_rows = self.bank.embeddings[: len(self.bank)].chunk(2, dim=1)
+        nearest = nearest_neighbors(targets, rows, args.topk)  # [b, k]
+        if args.constraint == "kmeans":
+            own, clusters = self.clusters[indices], self.clusters[self.bank.indices[: len(rows)]]
+            known, mask = own >= 0, own[:, None] == clusters
+            constrained = nearest_neighbors(targets, rows, args.topk, mask)
+        else:
+            known, other = others.any(1), (others, other_rows, args.topk, args.num_candidates)
+            constrained = constrained_neighbors(targets, rows, *other, other_rows.any(1))
+        constrained = constrained.where(known[:, None], nearest)  # no other view: plain MSF
+        self.latest, both = (targets, rows, constrained), (nearest, constrained)
+        loss = sum(mean_shift_loss(queries, rows[x], x >= 0) for x in both) / 2
+        purity = (label_purity(self.bank.labels[x].where(x >= 0, -1), labels) for x in both)
+        return loss, dict(zip(("purity", "purity_constrained"), purity))
+# ---- monitoring and training --------------------------------------------------------------------
+@torch.no_grad()
+def knn_accuracy(backbone, train, test, args):
+    """20-NN accuracy in percent: at most 100,000 training images vote on the test images."""
+    known = (train.labels >= 0).nonzero()[:, 0].cpu()
+    known, features = known[:: math.ceil(len(known) / 100_000)], []
+    backbone.eval()
+    for data, rows in (train, known), (test, torch.arange(len(test.labels))):
+        for _, (images,), _ in data.batches(rows.split(256)):
+            features.append(F.normalize(backbone(augment(images, args.image_size)), dim=1))
+    backbone.train()
+    bank, queries = torch.cat(features).tensor_split([len(known)])
+    k, classes = min(20, len(bank)), F.one_hot(train.labels[known], len(train.classes))
+    votes = [classes[nearest_neighbors(q, bank, k)].sum(1) for q in queries.split(1024)]
+    return 100 * (torch.cat(votes).argmax(1) == test.labels).float().mean().item()
+
+def step_indices(n, args, start, rank, world):
+    """The indices [b] of this process at every step from start on; each epoch has its own order."""
+    steps = n // args.batch_size
+    for epoch in range(start // steps, args.epochs):
+        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))
+        order = torch.randperm(n, generator=generator)[: steps * args.batch_size]
+        yield from order.view(steps, world, -1)[max(0, start - epoch * steps) :, rank]
+
+def main(args):
+    """Train; returns the last mean "loss", the 20-NN accuracy "knn" (percent) and "checkpoint"."""
+    args, checkpoint = resolve(args)
+    check(args.topk <= args.num_candidates, "need --topk <= --num-candidates")
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
+    if cuda: torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+    for first in (True, False):  # the first process of each node downloads, the others wait
+        if first == (local == 0): train, test = (ImageData(args, x, device) for x in (True, False))
+        if world > 1: dist.barrier()
+    n, differ = len(train.labels), sorted(set(train.classes) ^ set(test.classes))[:5]
+    check(args.batch_size <= n, f"--batch-size {args.batch_size}: there are {n} training images")
+    check(not differ, f"classes in only one of train and val: {', '.join(differ)}")
+    torch.manual_seed(args.seed)
+    network = model = CMSF(args, n).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), fused=cuda)
+    start, steps = 0, n // args.batch_size  # steps of an epoch
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
+    optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.weight_decay)
+    end, warmup = args.epochs * steps, args.warmup_epochs * steps
+    check(start < end, f"{args.resume}: all {start} steps are done; raise --epochs")
+    if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for net in (model.online, model.target, model.predictor) if args.compile else (): net.compile()
+    if world > 1:
+        network = nn.parallel.DistributedDataParallel(model)
+        network.broadcast_buffers = False  # every process computes the same bank
+    scale = None if train.images is None else args.crop_scale  # files come cropped
+    weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
+    strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
+    three = [weak_view, strong_view] + [weak_view] * (args.constraint == "third-view")
+    last = Path("runs", args.run_name, "last.pt")
+    if rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(last.parent, purge_step=start + 1)
+        writer.add_text("config", repr(args))
+        print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
+    signals, history, since, saved = [], [], time.time(), time.time()
+    for number in signal.SIGTERM, signal.SIGINT:  # the second one ends the run at once
+        signal.signal(number, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
+    batches = train.batches(step_indices(n, args, start, rank, world), len(three), args.seed, start)
+    for step, (indices, views, labels) in enumerate(batches, start + 1):
+        torch.manual_seed(hash((args.seed, step, rank)))
+        decay = (1 + math.cos(math.pi * max(0, step - 1 - warmup) / max(1, end - warmup))) / 2
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(decay, step / max(1, warmup))
+        views = [augment(view, **how) for view, how in zip(views, three)]
+        loss, metrics = network(views, labels, indices)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(torch.stack([loss.detach(), *metrics.values()]))
+        if step % args.log_every and step % steps: continue
+        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, loss to signals]
+        if world > 1: dist.all_reduce(table)
+        *columns, stopped = (table / world).T.tolist()  # the only place where the host waits
+        for number, loss in enumerate(columns[0], step - len(history) + 1):
+            check(math.isfinite(loss), f"loss {loss} at step {number}, lr {lr:g}; kept: {last}")
+        values = {name: sum(x) / len(x) for name, x in zip(("loss", *metrics), columns)}
+        speed = len(history) * args.batch_size / (time.time() - since)
+        values, done = values | dict(lr=lr, img_per_s=speed), stopped[0] or step == end
+        if step % steps == 0 and args.constraint == "kmeans":
+            model.clusters.copy_(spherical_kmeans(model.cache, args.num_clusters or n // 25 + 1))
+            if world > 1: dist.broadcast(model.clusters, 0)  # sums on GPUs differ in the last bits
+        if rank == 0:
+            if step % steps == 0:
+                ranks = neighbor_ranks(*model.latest).float()
+                writer.add_histogram("constrained_rank", ranks, step)
+                values["median_rank"] = ranks.median().item()
+            if step == end or step % (steps * args.knn_every) == 0 and not done:
+                values["knn"] = knn_accuracy(model.online[0], train, test, args)
+            for name, value in values.items(): writer.add_scalar(name, value, step)
+            left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
+            line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {left} left, "
+            line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
+            if done or time.time() - saved > 60 * args.checkpoint_minutes:
+                state = dict(step=step, pushed=model.bank.pushed, args=vars(args))
+                state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+                torch.save(state, last.with_suffix(".tmp"))
+                os.replace(last.with_suffix(".tmp"), last)  # whole or not at all
+                torch.save(model.online[0].state_dict(), last.with_name("backbone.pt"))
+                saved = time.time()
+        if world > 1 and done: dist.barrier()  # until the checkpoint is complete
+        check(not stopped[0], f"stopped at step {step}; continue with --resume {last}")
+        history, since = [], time.time()
+    if rank == 0: print(f"20-NN {values['knn']:.2f}%: python eval_linear.py --checkpoint {last}")
+    return dict(knn=math.nan, checkpoint=str(last)) | values
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
