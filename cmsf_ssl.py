@@ -4,10 +4,10 @@
 # ///
 """CMSF: Constrained Mean Shift (Navaneet, Abbasi Koohpayegani, Tejankar et al., ECCV 2022).
 
-MSF averages neighbours that are near already. CMSF searches among rows of M that another view of
-the images says are related, by its embeddings u' in M': last epoch's, a third view's, or clusters.
+MSF averages rows of M that are near already. CMSF also averages rows that u', another embedding of
+each image, says are related; M' holds it beside u. Images without u' (first epoch): plain MSF.
     q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M, and u' into M'
-    C(i) = the n rows of M' nearest to u'_i; or all rows whose image is in i's cluster
+    C(i) = the n rows of M' nearest to u'_i, from last epoch or a third view; or all in i's cluster
     loss = 1/2 (MSF's with N(i) = the k rows of C(i) nearest to u_i in M) + 1/2 (MSF's)
     $ python cmsf_ssl.py                                  digits, on the CPU or on one GPU
     $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset cifar10                      8 GPUs
@@ -58,12 +58,12 @@ class Args:
     topk: int | None = None  # Neighbours k of each image.
     bank_size: int | None = None  # Rows of the memory bank.
     ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
-    constraint: Literal["previous-epoch", "third-view", "kmeans"] = "previous-epoch"  # What is u'.
+    constraint: Literal["previous-epoch", "third-view", "kmeans"] = "previous-epoch"  # Source of C.
     num_candidates: int = 10  # Candidates n, among which the k neighbours are; not for kmeans.
     num_clusters: int | None = None  # Clusters of kmeans; None: one for every 25 images.
     half_cache: bool = False  # Keep last epoch's embeddings of all images in float16.
 
-IMAGENET = dict(  # section 4 of the paper
+IMAGENET = dict(  # section 4 of MSF's paper
     arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
     momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
@@ -94,8 +94,6 @@ def resolve(args):
         except Exception as error:
             raise SystemExit(f"error: cannot resume from {args.resume}: {error!r:.200}") from None
     given = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
-    fixed = given.keys() & {"dataset", "arch", "stem", "bank_size"} if checkpoint else ()
-    check(not fixed, f"--resume keeps {', '.join(fixed)} as stored: leave that out")
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
     name, batch, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
     check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
@@ -312,7 +310,7 @@ def constrained_neighbors(targets, bank, other_targets, other_bank, k, num_candi
     num_candidates rows of other_bank [M, D] nearest to other_targets [B, D], of those where mask
     [M] is True; -1 stands for each that is missing. ValueError if k > num_candidates or k > M."""
     if k > num_candidates: raise ValueError(f"k = {k} neighbours of {num_candidates} candidates")
-    n = max(k, min(num_candidates, len(bank)))
+    n = max(k, min(num_candidates, len(bank)))  # k > M is an error of nearest_neighbors
     candidates = nearest_neighbors(other_targets, other_bank, n, mask)  # [B, n]
     similarities = torch.einsum("bd,bnd->bn", targets, bank[candidates])
     order = similarities.masked_fill(candidates < 0, -math.inf).topk(k, dim=1).indices
@@ -321,20 +319,23 @@ def constrained_neighbors(targets, bank, other_targets, other_bank, k, num_candi
 def spherical_kmeans(points, num_clusters, rounds=10):
     """Cluster [N] of every row of points [N, D], by cosine; -1 for rows of zeros. An empty cluster
     starts anew at a random row. At most 2^26 similarities are held at a time."""
-    draw = functools.partial(torch.randint, len(points), (num_clusters,))
-    clusters, centers = torch.empty_like(points[:, 0], dtype=torch.int64), points[draw()].float()
+    known, chunk = torch.where(points.any(1))[0], max(1, 2**26 // num_clusters)
+    draw = functools.partial(torch.randint, len(known), (num_clusters,))
+    clusters, centers = known.new_full((len(points),), -1), points[known[draw()]].float()
     for _ in range(rounds):
-        sums, chunks = torch.zeros_like(centers), max(1, 2**26 // num_clusters)
-        for rows, cluster in zip(points.split(chunks), clusters.split(chunks)):
-            cluster.copy_((rows.float() @ centers.T).argmax(1))
-            sums.index_add_(0, cluster, rows.float())
-        centers = F.normalize(sums.where(sums.any(1, keepdim=True), points[draw()].float()), dim=1)
-    return clusters.where(points.any(1), -1)
+        sums = torch.zeros_like(centers)
+        for rows in known.split(chunk):
+            clusters[rows] = (points[rows].float() @ centers.T).argmax(1)
+            sums.index_add_(0, clusters[rows], points[rows].float())
+        anew = points[known[draw()]].float()
+        centers = F.normalize(sums.where(sums.any(1, keepdim=True), anew), dim=1)
+    return clusters
 
 def neighbor_ranks(targets, bank, neighbors):
-    """Ranks, from 0, of neighbors [B, k] in bank [M, D] by similarity to targets [B, D]; flat."""
-    ranks = (targets @ bank.T).argsort(dim=1, descending=True).argsort(dim=1)  # [B, M]
-    return ranks.gather(1, neighbors.clamp(min=0))[neighbors >= 0]
+    """Ranks [R], from 0, in bank [M, D] by similarity to targets [B, D], of all neighbors >= 0."""
+    similarities = targets @ bank.T
+    own = similarities.gather(1, neighbors.clamp(min=0)).split(1, dim=1)
+    return torch.cat([(similarities > x).sum(1, keepdim=True) for x in own], dim=1)[neighbors >= 0]
 
 class CMSF(nn.Module):
     """MSF with a second bank and the last embeddings of n images; forward is one step."""
@@ -346,7 +347,7 @@ class CMSF(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.bank = MemoryBank(args.bank_size, 2 * (width // 4))  # M and M' side by side
         cache = torch.zeros(n * (args.constraint != "third-view"), width // 4)
-        self.register_buffer("cache", cache.half() if args.half_cache else cache)  # u' by image
+        self.register_buffer("cache", cache.half() if args.half_cache else cache)  # P: u by image
         self.register_buffer("clusters", torch.full((n,), -1))
         self.args = args
     def forward(self, views, labels, indices):
@@ -360,9 +361,9 @@ class CMSF(nn.Module):
                 targets = F.normalize(self.target(weak).float(), dim=1)  # u, [b, D]
                 others = [F.normalize(self.target(view).float(), dim=1) for view in third]
         others = others[0] if third else self.cache[indices].float()  # u', [b, D]; 0: none
-        both, images = gather(torch.cat([targets, others], dim=1)), gather(indices)
-        self.bank.enqueue(both, gather(labels), images)
-        if not third: self.cache[images] = both.chunk(2, dim=1)[0].to(self.cache.dtype)
+        pushed, images = gather(torch.cat([targets, others], dim=1)), gather(indices)
+        self.bank.enqueue(pushed, gather(labels), images)
+        if not third: self.cache[images] = pushed.chunk(2, dim=1)[0].to(self.cache.dtype)
         rows, other_rows = self.bank.embeddings[: len(self.bank)].chunk(2, dim=1)
         nearest = nearest_neighbors(targets, rows, args.topk)  # [b, k]
         if args.constraint == "kmeans":
@@ -370,12 +371,12 @@ class CMSF(nn.Module):
             known, mask = own >= 0, own[:, None] == clusters
             constrained = nearest_neighbors(targets, rows, args.topk, mask)
         else:
-            known, other = others.any(1), (others, other_rows, args.topk, args.num_candidates)
-            constrained = constrained_neighbors(targets, rows, *other, other_rows.any(1))
+            k, n, known, mask = args.topk, args.num_candidates, others.any(1), other_rows.any(1)
+            constrained = constrained_neighbors(targets, rows, others, other_rows, k, n, mask)
         constrained = constrained.where(known[:, None], nearest)  # no other view: plain MSF
-        self.latest, both = (targets, rows, constrained), (nearest, constrained)
-        loss = sum(mean_shift_loss(queries, rows[x], x >= 0) for x in both) / 2
-        purity = (label_purity(self.bank.labels[x].where(x >= 0, -1), labels) for x in both)
+        self.latest, chosen = (targets, rows, constrained), (nearest, constrained)
+        loss = sum(mean_shift_loss(queries, rows[x], x >= 0) for x in chosen) / 2
+        purity = (label_purity(self.bank.labels[x].where(x >= 0, -1), labels) for x in chosen)
         return loss, dict(zip(("purity", "purity_constrained"), purity))
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
@@ -404,7 +405,7 @@ def step_indices(n, args, start, rank, world):
 def main(args):
     """Train; returns the last mean "loss", the 20-NN accuracy "knn" (percent) and "checkpoint"."""
     args, checkpoint = resolve(args)
-    check(args.topk <= args.num_candidates, "need --topk <= --num-candidates")
+    check(args.constraint == "kmeans" or args.topk <= args.num_candidates, "raise --num-candidates")
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -412,9 +413,9 @@ def main(args):
     if cuda: torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
-    for first in (True, False):  # the first process of each node downloads, the others wait
-        if first == (local == 0): train, test = (ImageData(args, x, device) for x in (True, False))
-        if world > 1: dist.barrier()
+    if local > 0: dist.barrier()  # until the first process of the node has downloaded
+    train, test = (ImageData(args, split, device) for split in (True, False))
+    if world > 1 and local == 0: dist.barrier()
     n, differ = len(train.labels), sorted(set(train.classes) ^ set(test.classes))[:5]
     check(args.batch_size <= n, f"--batch-size {args.batch_size}: there are {n} training images")
     check(not differ, f"classes in only one of train and val: {', '.join(differ)}")
@@ -423,7 +424,8 @@ def main(args):
     optimizer = torch.optim.SGD(model.parameters(), fused=cuda)
     start, steps = 0, n // args.batch_size  # steps of an epoch
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        try: model.load_state_dict(checkpoint["model"])
+        except RuntimeError: check(False, f"{args.resume} fits another script, data, --arch, ...")
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
     optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.weight_decay)
@@ -454,9 +456,7 @@ def main(args):
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(decay, step / max(1, warmup))
         views = [augment(view, **how) for view, how in zip(views, three)]
         loss, metrics = network(views, labels, indices)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(torch.stack([loss.detach(), *metrics.values()]))
         if step % args.log_every and step % steps: continue
         table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, loss to signals]
@@ -469,7 +469,7 @@ def main(args):
         values, done = values | dict(lr=lr, img_per_s=speed), stopped[0] or step == end
         if step % steps == 0 and args.constraint == "kmeans":
             model.clusters.copy_(spherical_kmeans(model.cache, args.num_clusters or n // 25 + 1))
-            if world > 1: dist.broadcast(model.clusters, 0)  # sums on GPUs differ in the last bits
+            if world > 1: dist.broadcast(model.clusters, 0)  # each process drew other rows to start
         if rank == 0:
             if step % steps == 0:
                 ranks = neighbor_ranks(*model.latest).float()

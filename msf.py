@@ -60,7 +60,7 @@ class Args:
     bank_size: int | None = None  # Rows of the memory bank.
     ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
 
-IMAGENET = dict(  # section 4 of the paper
+IMAGENET = dict(  # section 4 of MSF's paper
     arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
     momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
@@ -91,8 +91,6 @@ def resolve(args):
         except Exception as error:
             raise SystemExit(f"error: cannot resume from {args.resume}: {error!r:.200}") from None
     given = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
-    fixed = given.keys() & {"dataset", "arch", "stem", "bank_size"} if checkpoint else ()
-    check(not fixed, f"--resume keeps {', '.join(fixed)} as stored: leave that out")
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
     name, batch, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
     check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
@@ -362,9 +360,9 @@ def main(args):
     if cuda: torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
-    for first in (True, False):  # the first process of each node downloads, the others wait
-        if first == (local == 0): train, test = (ImageData(args, x, device) for x in (True, False))
-        if world > 1: dist.barrier()
+    if local > 0: dist.barrier()  # until the first process of the node has downloaded
+    train, test = (ImageData(args, split, device) for split in (True, False))
+    if world > 1 and local == 0: dist.barrier()
     n, differ = len(train.labels), sorted(set(train.classes) ^ set(test.classes))[:5]
     check(args.batch_size <= n, f"--batch-size {args.batch_size}: there are {n} training images")
     check(not differ, f"classes in only one of train and val: {', '.join(differ)}")
@@ -373,7 +371,8 @@ def main(args):
     optimizer = torch.optim.SGD(model.parameters(), fused=cuda)
     start, steps = 0, n // args.batch_size  # steps of an epoch
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        try: model.load_state_dict(checkpoint["model"])
+        except RuntimeError: check(False, f"{args.resume} fits another script, data, --arch, ...")
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
     optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.weight_decay)
@@ -403,9 +402,7 @@ def main(args):
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(decay, step / max(1, warmup))
         views = [augment(view, **how) for view, how in zip(views, (weak_view, strong_view))]
         loss, metrics = network(views, labels, indices)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(torch.stack([loss.detach(), *metrics.values()]))
         if step % args.log_every and step % steps: continue
         table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, loss to signals]

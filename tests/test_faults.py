@@ -199,7 +199,6 @@ def own_run():
         (dict(setup=finished_run, resume="runs/a/last.pt"), "cannot resume from runs/a/last.pt"),
         (dict(setup=finished_run, run_name="a"), "runs/a/last.pt exists"),
         (dict(setup=other_script, resume="other.pt"), "cannot resume from other.pt"),
-        (dict(setup=own_run, resume="own.pt", arch="resnet18"), "--resume keeps arch"),
         (dict(setup=own_run, resume="own.pt", run_name="a"), "runs/a/last.pt exists"),
         (dict(run_name="../a"), "--run-name: must be a plain name"),
         (dict(run_name=""), "--run-name: must be a plain name"),

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, stop_at
 
+import cmsf_ssl
 import eval_linear
 import msf
 
@@ -122,6 +123,15 @@ def test_what_is_given_on_resume_wins_over_the_checkpoint():
     assert run["args"]["num_workers"] == msf.Args().num_workers  # of the machine that resumes
 
 
+def test_a_checkpoint_of_other_sizes_is_refused():
+    msf.main(msf.Args(run_name="a", epochs=1))
+    before = Path("runs/a/last.pt").read_bytes()
+    for script, given in (msf, dict(bank_size=2048)), (msf, dict(arch="resnet18")), (cmsf_ssl, dict()):
+        with pytest.raises(SystemExit, match="^error: runs/a/last.pt fits another script[^\n]*$"):
+            script.main(script.Args(resume="runs/a/last.pt", epochs=2, **given))
+    assert Path("runs/a/last.pt").read_bytes() == before
+
+
 def test_torchrun_stopped_by_a_signal_keeps_the_checkpoint():
     """Two processes with workers that decode files; the launcher passes SIGTERM on to all of them."""
     from test_faults import write_folder
@@ -224,7 +234,7 @@ def test_torchrun_trains_on_the_cpu():
     assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
 
-@pytest.mark.parametrize("script", [msf])
+@pytest.mark.parametrize("script", [msf, cmsf_ssl])
 def test_help_has_a_sentence_for_every_argument(script):
     env = os.environ | {"COLUMNS": "100"}
     command = [sys.executable, script.__file__, "--help"]
