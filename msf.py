@@ -29,7 +29,7 @@ class Args:
     # the data set, and the views of its images
     dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
     data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
-    num_workers: int = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # File readers.
+    num_workers: int = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # Readers of images.
     image_size: int | None = None  # Side of the input in pixels; below 96, files are shrunk to it.
     crop_scale: tuple[float, float] | None = None  # Least and most of the area that a crop keeps.
     flip: float | None = None  # Probability of a horizontal flip.
@@ -64,9 +64,8 @@ IMAGENET = dict(  # section 4 of MSF's paper
     arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
     momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
-CIFAR = IMAGENET | dict(  # lr, decay, warm-up and bank of MNN's recipe, arXiv 2311.00562
-    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5, weight_decay=5e-4,
-    bank_size=4096)
+CIFAR = IMAGENET | dict(bank_size=4096,  # lr, decay, warm-up, bank: MNN's, arXiv 2311.00562
+    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5, weight_decay=5e-4)
 TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
 DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
