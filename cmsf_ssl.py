@@ -4,11 +4,11 @@
 # ///
 """CMSF: Constrained Mean Shift (Navaneet, Abbasi Koohpayegani, Tejankar et al., ECCV 2022).
 
-MSF averages rows of M that are near already. CMSF also averages rows that u', another embedding of
-each image, says are related; M' holds it beside u. Images without u' (first epoch): plain MSF.
-    q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M, and u' into M'
-    C(i) = the n rows of M' nearest to u'_i, from last epoch or a third view; or all in i's cluster
-    loss = 1/2 (MSF's with N(i) = the k rows of C(i) nearest to u_i in M) + 1/2 (MSF's)
+MSF pulls q_i to the k rows of its bank M nearest to u_i. CMSF also pulls it to the k nearest among
+candidates C(i), which may be far. Where i has no u' or cluster yet (first epoch): plain MSF.
+    q = norm(h(f(strong view)))    u = norm(g(weak view))    u' = last epoch's u, or a third view's
+    C(i) = the n rows of M whose u', kept in M', is nearest to u'_i; kmeans: those of i's cluster
+    loss = 1/2 MSF's + 1/2 MSF's with the k rows of C(i) nearest to u_i; u and u' are pushed before
     $ python cmsf_ssl.py                                  digits, on the CPU or on one GPU
     $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset cifar10                      8 GPUs
     $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset imagenet --data-dir /data/imagenet
@@ -51,8 +51,8 @@ class Args:
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
-    log_every: int = 10  # Steps between two log points; signals are heeded there too.
-    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images.
+    log_every: int = 10  # Steps between two log points (0: an epoch); signals are heeded there too.
+    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images; 0: at the end.
     checkpoint_minutes: float = 10.0  # Minutes between two checkpoints; one more at every stop.
     # the method
     topk: int | None = None  # Neighbours k of each image.
@@ -133,7 +133,7 @@ class ImageData(torch.utils.data.Dataset):
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error:
-            how = "train/CLASS/*.jpg and val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
+            how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; image-net.org, cs231n.stanford.edu"
             raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
         self.classes = list(getattr(source, "classes", range(10)))
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
@@ -338,7 +338,7 @@ def neighbor_ranks(targets, bank, neighbors):
     return torch.cat([(similarities > x).sum(1, keepdim=True) for x in own], dim=1)[neighbors >= 0]
 
 class CMSF(nn.Module):
-    """MSF with a second bank and the last embeddings of n images; forward is one step."""
+    """MSF with u' beside u in the bank, the last u of all n images, and their clusters."""
     def __init__(self, args, n):
         super().__init__()
         backbone, width = encoder(args.arch, args.stem)
@@ -346,9 +346,9 @@ class CMSF(nn.Module):
         self.predictor = mlp(width // 4, 2 * width, width // 4)  # h
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.bank = MemoryBank(args.bank_size, 2 * (width // 4))  # M and M' side by side
-        cache = torch.zeros(n * (args.constraint != "third-view"), width // 4)
-        self.register_buffer("cache", cache.half() if args.half_cache else cache)  # P: u by image
-        self.register_buffer("clusters", torch.full((n,), -1))
+        cache = torch.zeros(0 if args.constraint == "third-view" else n, width // 4)
+        self.register_buffer("cache", cache.half() if args.half_cache else cache)  # last u of each
+        self.register_buffer("clusters", torch.full((n,), -1))  # of each image; -1: none yet
         self.args = args
     def forward(self, views, labels, indices):
         """views: weak, strong (, third) [b, 3, S, S]; labels, indices [b] -> loss, metrics"""
@@ -458,15 +458,15 @@ def main(args):
         loss, metrics = network(views, labels, indices)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(torch.stack([loss.detach(), *metrics.values()]))
-        if step % args.log_every and step % steps: continue
-        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, loss to signals]
+        if step % (args.log_every or steps) and step % steps: continue
+        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, 2 + metrics]
         if world > 1: dist.all_reduce(table)
-        *columns, stopped = (table / world).T.tolist()  # the only place where the host waits
+        *columns, (stopped, *_) = (table / world).T.tolist()  # the only place where the host waits
         for number, loss in enumerate(columns[0], step - len(history) + 1):
             check(math.isfinite(loss), f"loss {loss} at step {number}, lr {lr:g}; kept: {last}")
         values = {name: sum(x) / len(x) for name, x in zip(("loss", *metrics), columns)}
         speed = len(history) * args.batch_size / (time.time() - since)
-        values, done = values | dict(lr=lr, img_per_s=speed), stopped[0] or step == end
+        values, done = values | dict(lr=lr, img_per_s=speed), stopped or step == end
         if step % steps == 0 and args.constraint == "kmeans":
             model.clusters.copy_(spherical_kmeans(model.cache, args.num_clusters or n // 25 + 1))
             if world > 1: dist.broadcast(model.clusters, 0)  # each process drew other rows to start
@@ -475,7 +475,7 @@ def main(args):
                 ranks = neighbor_ranks(*model.latest).float()
                 writer.add_histogram("constrained_rank", ranks, step)
                 values["median_rank"] = ranks.median().item()
-            if step == end or step % (steps * args.knn_every) == 0 and not done:
+            if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             for name, value in values.items(): writer.add_scalar(name, value, step)
             left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
@@ -490,7 +490,7 @@ def main(args):
                 torch.save(model.online[0].state_dict(), last.with_name("backbone.pt"))
                 saved = time.time()
         if world > 1 and done: dist.barrier()  # until the checkpoint is complete
-        check(not stopped[0], f"stopped at step {step}; continue with --resume {last}")
+        check(step == end or not stopped, f"stopped at step {step}; continue with --resume {last}")
         history, since = [], time.time()
     if rank == 0: print(f"20-NN {values['knn']:.2f}%: python eval_linear.py --checkpoint {last}")
     return dict(knn=math.nan, checkpoint=str(last)) | values

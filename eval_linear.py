@@ -73,7 +73,7 @@ class ImageData(torch.utils.data.Dataset):
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error:
-            how = "train/CLASS/*.jpg and val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
+            how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; image-net.org, cs231n.stanford.edu"
             raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
         self.classes = list(getattr(source, "classes", range(10)))
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)

@@ -52,8 +52,8 @@ class Args:
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
-    log_every: int = 10  # Steps between two log points; signals are heeded there too.
-    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images.
+    log_every: int = 10  # Steps between two log points (0: an epoch); signals are heeded there too.
+    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images; 0: at the end.
     checkpoint_minutes: float = 10.0  # Minutes between two checkpoints; one more at every stop.
     # the method
     topk: int | None = None  # Neighbours k of each image.
@@ -129,7 +129,7 @@ class ImageData(torch.utils.data.Dataset):
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error:
-            how = "train/CLASS/*.jpg and val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
+            how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; image-net.org, cs231n.stanford.edu"
             raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
         self.classes = list(getattr(source, "classes", range(10)))
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
@@ -403,17 +403,17 @@ def main(args):
         loss, metrics = network(views, labels, indices)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(torch.stack([loss.detach(), *metrics.values()]))
-        if step % args.log_every and step % steps: continue
-        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, loss to signals]
+        if step % (args.log_every or steps) and step % steps: continue
+        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, 2 + metrics]
         if world > 1: dist.all_reduce(table)
-        *columns, stopped = (table / world).T.tolist()  # the only place where the host waits
+        *columns, (stopped, *_) = (table / world).T.tolist()  # the only place where the host waits
         for number, loss in enumerate(columns[0], step - len(history) + 1):
             check(math.isfinite(loss), f"loss {loss} at step {number}, lr {lr:g}; kept: {last}")
         values = {name: sum(x) / len(x) for name, x in zip(("loss", *metrics), columns)}
         speed = len(history) * args.batch_size / (time.time() - since)
-        values, done = values | dict(lr=lr, img_per_s=speed), stopped[0] or step == end
+        values, done = values | dict(lr=lr, img_per_s=speed), stopped or step == end
         if rank == 0:
-            if step == end or step % (steps * args.knn_every) == 0 and not done:
+            if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             for name, value in values.items(): writer.add_scalar(name, value, step)
             left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
@@ -428,7 +428,7 @@ def main(args):
                 torch.save(model.online[0].state_dict(), last.with_name("backbone.pt"))
                 saved = time.time()
         if world > 1 and done: dist.barrier()  # until the checkpoint is complete
-        check(not stopped[0], f"stopped at step {step}; continue with --resume {last}")
+        check(step == end or not stopped, f"stopped at step {step}; continue with --resume {last}")
         history, since = [], time.time()
     if rank == 0: print(f"20-NN {values['knn']:.2f}%: python eval_linear.py --checkpoint {last}")
     return dict(knn=math.nan, checkpoint=str(last)) | values

@@ -149,6 +149,12 @@ def test_torchrun_stopped_by_a_signal_keeps_the_checkpoint():
     assert load("a")["step"] == step >= 3
 
 
+def test_a_signal_at_the_end_does_not_undo_a_finished_run(monkeypatch):
+    stop_at(22, msf, monkeypatch)
+    result = msf.main(msf.Args(run_name="a", epochs=1, log_every=0, knn_every=0))
+    assert load("a")["step"] == 22 and result["knn"] > 70
+
+
 def test_the_order_of_images():
     args = msf.Args(batch_size=4, epochs=3, seed=5)
     for world in (1, 2):
