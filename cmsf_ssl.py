@@ -439,7 +439,7 @@ def main(args):
     scale = None if train.images is None else args.crop_scale  # files come cropped
     weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
-    three = [weak_view, strong_view] + [weak_view] * (args.constraint == "third-view")
+    kinds = [weak_view, strong_view] + [weak_view] * (args.constraint == "third-view")
     last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -447,14 +447,14 @@ def main(args):
         writer.add_text("config", repr(args))
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, since, saved = [], [], time.time(), time.time()
-    for number in signal.SIGTERM, signal.SIGINT:  # the second one ends the run at once
-        signal.signal(number, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
-    batches = train.batches(step_indices(n, args, start, rank, world), len(three), args.seed, start)
+    signal.signal(signal.SIGTERM, lambda n, _: signals.append(n))  # schedulers may send it twice
+    signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
+    batches = train.batches(step_indices(n, args, start, rank, world), len(kinds), args.seed, start)
     for step, (indices, views, labels) in enumerate(batches, start + 1):
         torch.manual_seed(hash((args.seed, step, rank)))
         decay = (1 + math.cos(math.pi * max(0, step - 1 - warmup) / max(1, end - warmup))) / 2
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(decay, step / max(1, warmup))
-        views = [augment(view, **how) for view, how in zip(views, three)]
+        views = [augment(view, **how) for view, how in zip(views, kinds)]
         loss, metrics = network(views, labels, indices)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(torch.stack([loss.detach(), *metrics.values()]))

@@ -392,8 +392,8 @@ def main(args):
         writer.add_text("config", repr(args))
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, since, saved = [], [], time.time(), time.time()
-    for number in signal.SIGTERM, signal.SIGINT:  # the second one ends the run at once
-        signal.signal(number, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
+    signal.signal(signal.SIGTERM, lambda n, _: signals.append(n))  # schedulers may send it twice
+    signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
     batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
     for step, (indices, views, labels) in enumerate(batches, start + 1):
         torch.manual_seed(hash((args.seed, step, rank)))
