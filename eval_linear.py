@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
+import torch, tyro
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 @dataclass
@@ -51,6 +50,7 @@ class ImageData(torch.utils.data.Dataset):
         from torchvision import datasets, transforms as T
         name, root, size = args.dataset, Path(args.data_dir), args.image_size
         self.device, self.workers, images = device, args.num_workers, None
+        how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
         try:
             if name == "digits":
                 from sklearn.datasets import load_digits
@@ -61,8 +61,7 @@ class ImageData(torch.utils.data.Dataset):
             elif name in ("cifar10", "cifar100", "stl10"):
                 split = train if name != "stl10" else "train+unlabeled" if train else "test"
                 source = getattr(datasets, name.upper())(root, split, download=True)
-                images = torch.from_numpy(source.data)
-                images = images if name == "stl10" else images.permute(0, 3, 1, 2)
+                images = torch.from_numpy(source.data).movedim(1 if name == "stl10" else 3, 1)
                 labels = source.labels if name == "stl10" else source.targets
             else:
                 source = datasets.ImageFolder(root / ("train" if train else "val"))
@@ -72,9 +71,7 @@ class ImageData(torch.utils.data.Dataset):
                 class_of = dict(row.split("\t")[:2] for row in rows)
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
-        except Exception as error:
-            how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; image-net.org, cs231n.stanford.edu"
-            raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
+        except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
         self.classes = list(getattr(source, "classes", range(10)))
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.images = None if images is None else images.to(device).contiguous()
@@ -87,10 +84,8 @@ class ImageData(torch.utils.data.Dataset):
     def __getitem__(self, item):
         """(index, number of views, seed) -> (index, uint8 [views, 3, size, size])."""
         index, views, seed = item
-        try:
-            image = self.read(self.files[index])
-        except Exception as error:
-            raise OSError(f"cannot read image {self.files[index]}: {error}") from None
+        try: image = self.read(self.files[index])
+        except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
         torch.manual_seed(seed)
         crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
         return index, torch.stack(crops)
@@ -111,8 +106,7 @@ class ImageData(torch.utils.data.Dataset):
             for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
                 indices, images = (x.to(self.device, non_blocking=True) for x in batch)
                 yield indices, images.unbind(1), self.labels[indices]
-        except OSError as error:
-            raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from None
+        except OSError as error: check(False, str(error).strip().splitlines()[-1])
 
 # ---- views: batched, random for every image, on the device of the images ------------------------
 def random_boxes(n, height, width, scale, device):
@@ -196,10 +190,13 @@ def encoder(arch, stem):
     return net, width
 
 @torch.no_grad()
-def embed(backbone, data, rows, size):
-    """Features [n, F] of the images with indices rows [n], under the view for testing."""
+def embed(net, data, rows, args):
+    """Features [n, F] that net in eval mode gives to the test views of images rows [n] of data."""
+    mode, _ = net.training, net.eval()
     batches = data.batches(rows.split(256))
-    return torch.cat([backbone(augment(images, size)) for _, (images,), _ in batches])
+    features = torch.cat([net(augment(images, args.image_size)) for _, (images,), _ in batches])
+    net.train(mode)
+    return features
 
 # ---- k-NN ---------------------------------------------------------------------------------------
 def nearest_neighbors(targets, bank, k, mask=None):
@@ -282,9 +279,9 @@ def main(args):
     backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     rows = (train.labels >= 0).nonzero()[:, 0].cpu()  # STL-10 has unlabelled images too
-    size, labels = settings.image_size, train.labels[rows.to(device)]
-    features = embed(backbone, train, rows, size)
-    queries = embed(backbone, test, torch.arange(len(test.labels)), size)
+    labels = train.labels[rows.to(device)]
+    features = embed(backbone, train, rows, settings)
+    queries = embed(backbone, test, torch.arange(len(test.labels)), settings)
     predictions = {}
     for k, temperature in (1, None), (20, None), (200, 0.1):
         k, classes = min(k, len(rows)), len(train.classes)

@@ -14,16 +14,13 @@ and moves it towards the rows of M nearest to the target's embedding: a step of 
     $ torchrun --nproc_per_node=8 msf.py --dataset cifar10                           8 GPUs
     $ torchrun --nproc_per_node=8 msf.py --dataset imagenet --data-dir /data/imagenet
 """
-import copy, datetime, functools, math, os, signal, time
-from dataclasses import dataclass, fields
+import copy, dataclasses, datetime, functools, math, os, signal, time, typing
 from pathlib import Path
-from typing import Literal
-import torch
+import torch, tyro
 import torch.nn.functional as F
-import tyro
 from torch import distributed as dist, nn
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     """Train with mean shift (MSF). None stands for the value in the data set's recipe."""
     # the data set, and the views of its images
@@ -38,8 +35,8 @@ class Args:
     gray: float | None = None  # Probability that the strong view is gray.
     blur: float | None = None  # Probability that the strong view is blurred (sigma 0.1 to 2 px).
     # the network and its training
-    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
-    stem: Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # First layers.
+    arch: typing.Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
+    stem: typing.Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # Input.
     epochs: int | None = None  # Passes over the training images.
     batch_size: int | None = None  # Images a step, over all processes.
     lr: float | None = None  # Highest learning rate of SGD, for this batch size; never rescaled.
@@ -87,9 +84,8 @@ def resolve(args):
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
             base = vars(Args(**checkpoint["args"])) | dict(num_workers=args.num_workers)
-        except Exception as error:
-            raise SystemExit(f"error: cannot resume from {args.resume}: {error!r:.200}") from None
-    given = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
+        except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
+    given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
     name, batch, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
     check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
@@ -107,6 +103,7 @@ class ImageData(torch.utils.data.Dataset):
         from torchvision import datasets, transforms as T
         name, root, size = args.dataset, Path(args.data_dir), args.image_size
         self.device, self.workers, images = device, args.num_workers, None
+        how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
         try:
             if name == "digits":
                 from sklearn.datasets import load_digits
@@ -117,8 +114,7 @@ class ImageData(torch.utils.data.Dataset):
             elif name in ("cifar10", "cifar100", "stl10"):
                 split = train if name != "stl10" else "train+unlabeled" if train else "test"
                 source = getattr(datasets, name.upper())(root, split, download=True)
-                images = torch.from_numpy(source.data)
-                images = images if name == "stl10" else images.permute(0, 3, 1, 2)
+                images = torch.from_numpy(source.data).movedim(1 if name == "stl10" else 3, 1)
                 labels = source.labels if name == "stl10" else source.targets
             else:
                 source = datasets.ImageFolder(root / ("train" if train else "val"))
@@ -128,9 +124,7 @@ class ImageData(torch.utils.data.Dataset):
                 class_of = dict(row.split("\t")[:2] for row in rows)
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
-        except Exception as error:
-            how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; image-net.org, cs231n.stanford.edu"
-            raise SystemExit(f"error: no {name} in {root.absolute()} ({how}): {error}") from None
+        except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
         self.classes = list(getattr(source, "classes", range(10)))
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.images = None if images is None else images.to(device).contiguous()
@@ -143,10 +137,8 @@ class ImageData(torch.utils.data.Dataset):
     def __getitem__(self, item):
         """(index, number of views, seed) -> (index, uint8 [views, 3, size, size])."""
         index, views, seed = item
-        try:
-            image = self.read(self.files[index])
-        except Exception as error:
-            raise OSError(f"cannot read image {self.files[index]}: {error}") from None
+        try: image = self.read(self.files[index])
+        except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
         torch.manual_seed(seed)
         crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
         return index, torch.stack(crops)
@@ -167,8 +159,7 @@ class ImageData(torch.utils.data.Dataset):
             for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
                 indices, images = (x.to(self.device, non_blocking=True) for x in batch)
                 yield indices, images.unbind(1), self.labels[indices]
-        except OSError as error:
-            raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from None
+        except OSError as error: check(False, str(error).strip().splitlines()[-1])
 # ---- views: batched, random for every image, on the device of the images ------------------------
 def random_boxes(n, height, width, scale, device):
     """Boxes (top, left, height, width), [n] each, as torchvision's RandomResizedCrop draws them."""
@@ -262,8 +253,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("indices", torch.full((size,), -1))
         self.pushed = 0  # rows ever pushed, kept on the host so that no step waits for the device
-    def __len__(self):
-        return min(self.pushed, len(self.labels))
+    def __len__(self): return min(self.pushed, len(self.labels))
     def enqueue(self, embeddings, labels, indices):
         """Push [n, D], [n] and [n] over the oldest rows; where n > size, the last size of them."""
         size, start, self.pushed = len(self.labels), self.pushed, self.pushed + len(labels)
@@ -327,17 +317,22 @@ class MSF(nn.Module):
         return mean_shift_loss(queries, rows[neighbors]), metrics
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
+def embed(net, data, rows, args):
+    """Features [n, F] that net in eval mode gives to the test views of images rows [n] of data."""
+    mode, _ = net.training, net.eval()
+    batches = data.batches(rows.split(256))
+    features = torch.cat([net(augment(images, args.image_size)) for _, (images,), _ in batches])
+    net.train(mode)
+    return features
+
 def knn_accuracy(backbone, train, test, args):
     """20-NN accuracy in percent: at most 100,000 training images vote on the test images."""
     known = (train.labels >= 0).nonzero()[:, 0].cpu()
-    known, features = known[:: math.ceil(len(known) / 100_000)], []
-    backbone.eval()
-    for data, rows in (train, known), (test, torch.arange(len(test.labels))):
-        for _, (images,), _ in data.batches(rows.split(256)):
-            features.append(F.normalize(backbone(augment(images, args.image_size)), dim=1))
-    backbone.train()
-    bank, queries = torch.cat(features).tensor_split([len(known)])
-    k, classes = min(20, len(bank)), F.one_hot(train.labels[known], len(train.classes))
+    known, every = known[:: math.ceil(len(known) / 100_000)], torch.arange(len(test.labels))
+    bank = F.normalize(embed(backbone, train, known, args), dim=1)
+    queries = F.normalize(embed(backbone, test, every, args), dim=1)
+    classes = F.one_hot(train.labels[known], len(train.classes))  # [bank, classes]
+    k = min(20, math.ceil(len(bank) / classes.shape[1]))  # fewer where few images have labels
     votes = [classes[nearest_neighbors(q, bank, k)].sum(1) for q in queries.split(1024)]
     return 100 * (torch.cat(votes).argmax(1) == test.labels).float().mean().item()
 
@@ -366,8 +361,8 @@ def main(args):
     check(args.batch_size <= n, f"--batch-size {args.batch_size}: there are {n} training images")
     check(not differ, f"classes in only one of train and val: {', '.join(differ)}")
     torch.manual_seed(args.seed)
-    network = model = MSF(args).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), fused=cuda)
+    model = MSF(args).to(device, memory_format=torch.channels_last)
+    network, optimizer = model, torch.optim.SGD(model.parameters(), fused=cuda)
     start, steps = 0, n // args.batch_size  # steps of an epoch
     if checkpoint:
         try: model.load_state_dict(checkpoint["model"])
@@ -377,11 +372,11 @@ def main(args):
     optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.weight_decay)
     end, warmup = args.epochs * steps, args.warmup_epochs * steps
     check(start < end, f"{args.resume}: all {start} steps are done; raise --epochs")
-    if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for net in (model.online, model.target, model.predictor) if args.compile else (): net.compile()
-    if world > 1:
-        network = nn.parallel.DistributedDataParallel(model)
-        network.broadcast_buffers = False  # every process computes the same bank
+    for net in model.online, model.target, model.predictor:
+        if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if args.compile: net.compile()
+    if world > 1: network = nn.parallel.DistributedDataParallel(model)
+    network.broadcast_buffers = False  # every process computes the same bank
     scale = None if train.images is None else args.crop_scale  # files come cropped
     weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
