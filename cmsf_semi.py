@@ -4,10 +4,11 @@
 # ///
 """CMSF with few labels, or all: mean shift among images of one label (CMSF, arXiv 2112.04607).
 
-    q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M with label(i)
-    label(i) = the given one, else that of a classifier of u if its probability >= 0.85, else none
+    q = norm(h(f(strong view)))   u = norm(g(weak view)), g: average of f; into bank M with label(i)
+    label(i) = the given one, else what a classifier of u, trained on the images that have one, says
+               with a probability of 0.85 or more, else none
     N(i) = the k rows of M nearest to u_i among those with label(i), or among all if that is none
-    loss = mean over i, mean over j in N(i), of ||q_i - M_j||^2
+    loss = mean over i, mean over j in N(i) (fewer than k if the label is rare), of ||q_i - M_j||^2
     $ python cmsf_semi.py --labels 10pct                  digits, on the CPU or on one GPU
     $ torchrun --nproc_per_node=8 cmsf_semi.py --labels 10pct                        8 GPUs
     $ torchrun --nproc_per_node=8 cmsf_semi.py --dataset imagenet --data-dir /data/imagenet
@@ -48,13 +49,13 @@ class Args:
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
     log_every: int = 10  # Steps between two log points (0: an epoch); signals are heeded there too.
-    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images; 0: at the end.
+    knn_every: int = 10  # Epochs between two test accuracies, k-NN and classifier; 0: at the end.
     checkpoint_minutes: float = 10.0  # Minutes between two checkpoints; one more at every stop.
     # the method
     topk: int | None = None  # Neighbours k of each image.
     bank_size: int | None = None  # Rows of the memory bank.
     ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
-    labels: str = "10pct"  # Share of each class with labels (1pct, 10pct, 100pct), or a list FILE.
+    labels: str = "10pct"  # Share of each class (1pct, 10pct, 100pct), or FILE, an image a line.
     label_seed: int = 0  # Seed of the choice of that share.
     confidence: float = 0.85  # Least probability of a prediction that is used as a label.
 
@@ -68,7 +69,7 @@ TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.99
 DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
     rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
-RECIPES = dict(digits=DIGITS | dict(epochs=60), cifar10=CIFAR, cifar100=CIFAR, stl10=TINY,
+RECIPES = dict(digits=DIGITS | dict(epochs=70), cifar10=CIFAR, cifar100=CIFAR, stl10=TINY,
                tinyimagenet=TINY, imagenet=IMAGENET, folder=IMAGENET)
 RECIPES = {k: v | dict(topk=10, bank_size=min(v["bank_size"], 128_000)) for k, v in RECIPES.items()}
 
@@ -304,24 +305,24 @@ def same_label_neighbors(targets, labels, bank, bank_labels, k):
 def given_labels(spec, seed, train):
     """Labels int64 [N] of the training images that --labels picks, -1 for all others."""
     share, truth, files = spec.removesuffix("pct"), train.labels.cpu(), getattr(train, "files", ())
-    if share == spec:
-        check(Path(spec).is_file() and files, f"--labels {spec}: no such list, or no image files")
-        names = Path(spec).read_text(errors="replace").strip().split("\n")
+    if share == spec or not share.isdecimal():
+        try: names = [x for x in map(str.strip, Path(spec).open(errors="replace")) if x] or [""]
+        except OSError as error: check(False, f"--labels: not 1pct to 100pct, nor a list: {error}")
         depth = 1 + min(name.count("/") for name in names)  # NAME, or CLASS/NAME
         rows = {"/".join(file.split(os.sep)[-depth:]): i for i, file in enumerate(files)}
         check(len(rows) == len(files), f"{spec}: some images share a name; list them as CLASS/NAME")
         lost = [name for name in names if name not in rows]
-        check(not lost, f"{spec}: {len(lost)} names are not in the data: {lost[:3]}")
+        check(not lost, f"{spec}: {len(lost)} names are not in the data: {lost[:3]!s:.200}")
         chosen = torch.tensor([rows[name] for name in names])
     else:
-        check(share.isdecimal() and 0 < int(share) <= 100, f"--labels {spec}: 1pct to 100pct")
+        check(0 < int(share) <= 100, f"--labels {spec}: not 1pct to 100pct, nor a list of files")
         order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))
-        rows = [order[truth[order] == c] for c in range(len(train.classes))]
+        _, *rows = order[truth[order].argsort(stable=True)].split((truth + 1).bincount().tolist())
         chosen = torch.cat([x[: max(1, round(len(x) * int(share) / 100))] for x in rows])
     return torch.full_like(truth, -1).scatter(0, chosen, truth[chosen]).to(train.device)
 
 class SemiCMSF(nn.Module):
-    """MSF among rows of one label. labels [N]: those given, -1: none; truth [N]: for metrics."""
+    """labels [N]: those given, -1: none; truth [N]: for metrics; cache[slots[i]]: latest u_i."""
     def __init__(self, args, labels, truth):
         super().__init__()
         backbone, width = encoder(args.arch, args.stem)
@@ -329,11 +330,11 @@ class SemiCMSF(nn.Module):
         self.predictor = mlp(width // 4, 2 * width, width // 4)  # h
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.bank = MemoryBank(args.bank_size, width // 4)
-        head = mlp(width // 4, width // 2, int(truth.max()) + 1) if (labels < 0).any() else None
+        head = mlp(width // 4, width // 2, int(labels.max()) + 1) if (labels < 0).any() else None
         self.classifier = head and head.eval().requires_grad_(False)  # trains in rounds of its own
         self.args, self.truth, self.given = args, truth, labels[labels >= 0]
         self.register_buffer("slots", (labels >= 0).cumsum(0) * (labels >= 0))  # 0: no label
-        self.register_buffer("cache", torch.zeros(len(self.given) + 1, width // 4))  # last u
+        self.register_buffer("cache", torch.zeros(len(self.given) + 1 if head else 0, width // 4))
     def forward(self, views, labels, indices):
         """views: weak and strong [b, 3, S, S]; labels, indices [b] -> loss, metrics"""
         (weak, strong), args, free, truth = views, self.args, labels < 0, self.truth[indices]
@@ -349,18 +350,18 @@ class SemiCMSF(nn.Module):
             labels = predicted.where(sure & (self.classifier[1].num_batches_tracked > 0), labels)
         pushed, images, k = gather(targets), gather(indices), args.topk
         self.bank.enqueue(pushed, gather(labels), images)
-        self.cache[self.slots[images]] = pushed * self.slots[images, None].sign()  # row 0: zeros
+        if self.classifier: self.cache[self.slots[images]] = pushed * (self.slots[images, None] > 0)
         rows, bank_labels = (x[: len(self.bank)] for x in (self.bank.embeddings, self.bank.labels))
         neighbors, valid = same_label_neighbors(targets, labels, rows, bank_labels, k)
         knn = self.truth[self.bank.indices[nearest_neighbors(targets, rows, k)]]  # [b, k]
         own = self.truth[self.bank.indices[neighbors]].where(valid, -1)
         metrics = dict(purity=label_purity(knn, truth), purity_constrained=label_purity(own, truth))
-        sure = free & (labels >= 0)
-        parts = dict(coverage=sure, known=sure & (truth >= 0), right=sure & (labels == truth))
+        pseudo = free & (labels >= 0)
+        parts = dict(coverage=pseudo, known=pseudo & (truth >= 0), right=pseudo & (labels == truth))
         metrics |= {name: part.sum() / free.sum().clamp(min=1) for name, part in parts.items()}
         return mean_shift_loss(queries, rows[neighbors], valid), metrics
     def train_classifier(self):
-        """A round: ten passes over the cached embeddings of labelled images, alike everywhere."""
+        """Ten passes over the cached u of labelled images; the first process's result counts."""
         rows = 1 + torch.where(self.cache[1:].any(1))[0]
         optimizer = torch.optim.SGD(self.classifier.parameters(), 0.01, 0.9, weight_decay=1e-4)
         self.classifier.train().requires_grad_(True)
@@ -423,7 +424,7 @@ def main(args):
     start, steps = 0, n // args.batch_size  # steps of an epoch
     if checkpoint:
         try: model.load_state_dict(checkpoint["model"])
-        except RuntimeError: check(False, f"{args.resume} fits another script, data, --arch, ...")
+        except RuntimeError: check(False, f"{args.resume} fits other data, --labels, --arch, ...")
         check(torch.equal(model.slots > 0, train.labels >= 0), f"{args.resume} had other --labels")
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
@@ -443,8 +444,8 @@ def main(args):
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(last.parent, purge_step=start + 1)
         writer.add_text("config", repr(args))
-        print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
         print(f"labelled, by class: {model.given.bincount(minlength=len(train.classes)).tolist()}")
+        print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, since, saved = [], [], time.time(), time.time()
     signal.signal(signal.SIGTERM, lambda n, _: signals.append(n))  # schedulers may send it twice
     signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
@@ -491,8 +492,7 @@ def main(args):
         if world > 1 and done: dist.barrier()  # until the checkpoint is complete
         check(step == end or not stopped, f"stopped at step {step}; continue with --resume {last}")
         history, since = [], time.time()
-    if rank == 0: print(f"classifier {values.get('classifier', math.nan):.2f}%, k-NN "
-                        f"{values['knn']:.2f}%: python eval_linear.py --checkpoint {last}")
+    if rank == 0: print(f"knn{line.split('knn')[1]}: python eval_linear.py --checkpoint {last}")
     return dict(knn=math.nan, classifier=math.nan, checkpoint=str(last)) | values
 
 if __name__ == "__main__":

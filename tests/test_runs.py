@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, stop_at
 
+import cmsf_semi
 import cmsf_ssl
 import eval_linear
 import msf
@@ -243,7 +244,7 @@ def test_torchrun_trains_on_the_cpu():
     assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
 
-@pytest.mark.parametrize("script", [msf, cmsf_ssl])
+@pytest.mark.parametrize("script", [msf, cmsf_ssl, cmsf_semi])
 def test_help_has_a_sentence_for_every_argument(script):
     env = os.environ | {"COLUMNS": "100"}
     command = [sys.executable, script.__file__, "--help"]
