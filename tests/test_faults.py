@@ -92,8 +92,8 @@ def test_an_unreadable_image_is_named(content, size):
         msf.main(msf.Args(image_size=size, num_workers=1, epochs=1, **TINY))
 
 
-def write_tinyimagenet(root):
-    write_folder(root, classes=("n01", "n02"), side=64)
+def write_tinyimagenet(root, each=8):
+    write_folder(root, classes=("n01", "n02"), side=64, each=each)
     val = Path(root, "val", "images")
     val.mkdir()
     rows = []
@@ -116,32 +116,52 @@ def test_tinyimagenet_as_it_is_distributed():
         assert label == number // 8
 
 
-def test_cifar_and_stl_as_they_are_distributed(monkeypatch):
+def write_cifar(name, each, monkeypatch):
+    """CIFAR-10 or -100 under data/, as its archive unpacks; the last split's pixels [each, 3072]."""
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
-    random = np.random.default_rng(0)
-    folder = Path("data/cifar-10-batches-py")
+    ten = name == "cifar10"
+    folder = Path("data", "cifar-10-batches-py" if ten else "cifar-100-python")
     folder.mkdir(parents=True)
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    for name in names:
-        pixels = random.integers(0, 256, (4, 3072), dtype=np.uint8)
-        with open(folder / name, "wb") as file:
-            pickle.dump({"data": pixels, "labels": [3, 1, 4, 1]}, file)
-    with open(folder / "batches.meta", "wb") as file:
-        pickle.dump({"label_names": [str(i) for i in range(10)]}, file)
-    test = data(False, dataset="cifar10")
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
+    random = np.random.default_rng(0)
+    for split in names:
+        pixels = random.integers(0, 256, (each, 3072), dtype=np.uint8)
+        labels = [(3, 1, 4, 1)[i % 4] for i in range(each)]
+        with open(folder / split, "wb") as file:
+            pickle.dump({"data": pixels, "labels" if ten else "fine_labels": labels}, file)
+    classes = [str(i) for i in range(10 if ten else 100)]
+    with open(folder / ("batches.meta" if ten else "meta"), "wb") as file:
+        pickle.dump({"label_names" if ten else "fine_label_names": classes}, file)
+    return pixels
+
+
+def write_stl10(n, monkeypatch):
+    """STL-10 under data/, as its archive unpacks; the train split's images [n, 3, 96, 96]."""
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    folder = Path("data/stl10_binary")
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in ("unlabeled", "test", "train"):
+        pixels = random.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8)
+        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")  # stored by columns
+        labels = np.array([1, 2, 3, 4, 10], dtype=np.uint8)[np.arange(n) % 5]
+        labels.tofile(folder / f"{name}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(map(str, range(10))))
+    return pixels
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_as_it_is_distributed(name, monkeypatch):
+    pixels = write_cifar(name, 4, monkeypatch)
+    test = data(False, dataset=name)
     assert torch.equal(test.images, torch.from_numpy(pixels).view(4, 3, 32, 32))
     assert test.labels.tolist() == [3, 1, 4, 1]
-    assert len(data(True, dataset="cifar10").labels) == 20
+    assert len(data(True, dataset=name).labels) == (20 if name == "cifar10" else 4)
 
-    folder = Path("data/stl10_binary")
-    folder.mkdir()
-    pixels = random.integers(0, 256, (5, 3, 96, 96), dtype=np.uint8)  # stored by columns
-    for name in ("train", "test", "unlabeled"):
-        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")
-        np.array([1, 2, 3, 4, 10], dtype=np.uint8).tofile(folder / f"{name}_y.bin")
-    (folder / "class_names.txt").write_text("\n".join(map(str, range(10))))
+
+def test_stl_as_it_is_distributed(monkeypatch):
+    pixels = write_stl10(5, monkeypatch)
     train = data(True, dataset="stl10")
     assert train.images.shape == (10, 3, 96, 96)
     assert train.labels.tolist() == [0, 1, 2, 3, 9] + [-1] * 5

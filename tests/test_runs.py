@@ -18,6 +18,7 @@ from conftest import ROOT, stop_at
 import cmsf_semi
 import cmsf_ssl
 import eval_linear
+import mnn
 import msf
 
 SHORT = dict(epochs=2, warmup_epochs=0.5, knn_every=1)
@@ -244,7 +245,7 @@ def test_torchrun_trains_on_the_cpu():
     assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
 
-@pytest.mark.parametrize("script", [msf, cmsf_ssl, cmsf_semi])
+@pytest.mark.parametrize("script", [msf, cmsf_ssl, cmsf_semi, mnn])
 def test_help_has_a_sentence_for_every_argument(script):
     env = os.environ | {"COLUMNS": "100"}
     command = [sys.executable, script.__file__, "--help"]

@@ -1,0 +1,499 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
+# ///
+"""MNN: Mixed Nearest-Neighbors for Self-Supervised Learning (Long, Peng, Li, arXiv 2311.00562).
+
+M is a memory bank of past embeddings u by the target encoder g, an average of the online one, f.
+    q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M after the search
+    N(i) = the k rows of M nearest to u_i, none of them from this step
+    mixed_ij = lam M_j + (1 - lam) u_i, not normalised; lam ~ U(0, 1), one number for the batch
+    loss = mean over i of (2 - 2 q_i . u_i) + mean over i, and j in N(i), of (2 - 2 q_i . mixed_ij),
+           averaged with the same for the views exchanged (a new lam; those u are not pushed)
+    $ python mnn.py                                       digits, on the CPU or on one GPU
+    $ torchrun --nproc_per_node=8 mnn.py --dataset cifar10                           8 GPUs
+    $ torchrun --nproc_per_node=8 mnn.py --dataset imagenet --data-dir /data/imagenet
+"""
+import copy, dataclasses, datetime, functools, math, os, random, signal, time, typing
+from pathlib import Path
+import torch, tyro
+import torch.nn.functional as F
+from torch import distributed as dist, nn
+
+@dataclasses.dataclass
+class Args:
+    """Train with mixed nearest neighbours. None stands for the value in the data set's recipe."""
+    # the data set, and the views of its images
+    dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
+    data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
+    num_workers: int = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # Readers of images.
+    image_size: int | None = None  # Side of the input in pixels; below 96, files are shrunk to it.
+    crop_scale: tuple[float, float] | None = None  # Least and most of the area that a crop keeps.
+    flip: float | None = None  # Probability of a horizontal flip.
+    weak_flip: float | None = None  # That of the weak view, where it differs.
+    rotation: float | None = None  # Largest rotation either way, in degrees.
+    jitter: tuple[float, float, float, float] | None = None  # Strong view's colour jitter (p 0.8).
+    gray: float | None = None  # Probability that the strong view is gray.
+    blur: float | None = None  # Probability that the strong view is blurred (sigma 0.1 to 2 px).
+    # the network and its training
+    arch: typing.Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
+    stem: typing.Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # Input.
+    epochs: int | None = None  # Passes over the training images.
+    batch_size: int | None = None  # Images a step, over all processes.
+    lr: float | None = None  # Highest learning rate of SGD, for this batch size; never rescaled.
+    warmup_epochs: float | None = None  # Epochs of linear warm-up, before the cosine decay to 0.
+    momentum: float | None = None  # Momentum of SGD.
+    weight_decay: float | None = None  # Weight decay of SGD, on every weight.
+    seed: int = 0  # Seed of the weights, of the order of the images and of their views.
+    amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
+    sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, if --bn-splits is 1.
+    compile: bool = False  # Compile the networks with torch.compile.
+    run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
+    resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
+    log_every: int = 10  # Steps between two log points (0: an epoch); signals are heeded there too.
+    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images; 0: at the end.
+    checkpoint_minutes: float = 10.0  # Minutes between two checkpoints; one more at every stop.
+    # the method
+    topk: int | None = None  # Neighbours k of each image.
+    bank_size: int | None = None  # Rows of the memory bank.
+    ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
+    lam: typing.Literal["random"] | float = "random"  # Neighbours' weight, 0 to 1 (1: no mixing).
+    renormalize_mix: bool = False  # Give every mix unit norm.
+    weighting: bool = True  # Add the loss over the target itself to that over the mixes.
+    symmetric: bool = True  # Average the loss with that of the views exchanged.
+    objective: typing.Literal["mnn", "info-nce"] = "mnn"  # Distances, or a contrastive loss.
+    bn_splits: int | None = None  # Parts of the whole batch, each with BatchNorm of its own.
+
+IMAGENET = dict(  # section 4 of MSF's paper
+    arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
+    jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
+    momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
+CIFAR = IMAGENET | dict(bank_size=4096,  # lr, decay, warm-up, bank: MNN's, arXiv 2311.00562
+    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5, weight_decay=5e-4)
+TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
+DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
+    arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
+    rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
+SMALL = dict(weak_flip=0.9, bn_splits=8)  # the rest of MNN's recipe is in CIFAR and TINY
+RECIPES = dict(digits=DIGITS | dict(epochs=36, bn_splits=2), cifar10=CIFAR | SMALL,
+               cifar100=CIFAR | SMALL, stl10=TINY | SMALL, tinyimagenet=TINY | SMALL,
+               imagenet=IMAGENET, folder=IMAGENET | dict(bank_size=128_000))  # ours, after MSF's
+
+def check(condition, message):
+    """Stop with one line on the terminal unless the condition holds."""
+    if not condition: raise SystemExit(f"error: {message}")
+
+def resolve(args):
+    """Complete args from the recipe, or from the checkpoint to resume: (args, checkpoint or None).
+    Raises SystemExit for values that cannot work."""
+    check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
+    name = f"{Path(__file__).stem}-{args.dataset}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    checkpoint, base = None, dict(run_name=name) | RECIPES[args.dataset]
+    if args.resume:
+        try:
+            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+            base = vars(Args(**checkpoint["args"])) | dict(num_workers=args.num_workers)
+        except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
+    given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
+    args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
+    name, batch, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
+    check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
+    check(batch > world, f"--batch-size {batch}: BatchNorm needs 2 images or more a process")
+    check(1 <= args.topk <= batch <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
+    check(name and name == os.path.basename(name).strip("."), "--run-name: must be a plain name")
+    own = not last.exists() or args.resume and last.samefile(args.resume)
+    check(own, f"{last} exists: --resume it, or choose another --run-name")
+    return args, checkpoint
+# ---- data ---------------------------------------------------------------------------------------
+class ImageData(torch.utils.data.Dataset):
+    """A split on the device: labels int64 [N], -1 = unknown, and images uint8 [N, 3, H, W], or None
+    where workers decode files as needed. Raises SystemExit where the data set is missing."""
+    def __init__(self, args, train, device):
+        from torchvision import datasets, transforms as T
+        name, root, size = args.dataset, Path(args.data_dir), args.image_size
+        self.device, self.workers, images = device, args.num_workers, None
+        how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
+        try:
+            if name == "digits":
+                from sklearn.datasets import load_digits
+                source, rows = load_digits(), slice(-360) if train else slice(-360, None)
+                labels, images = source.target[rows], torch.tensor(source.images[rows] / 16)
+                images = F.interpolate(images[:, None], scale_factor=2, mode="bilinear") * 255
+                images = images.round().byte().expand(-1, 3, -1, -1)
+            elif name in ("cifar10", "cifar100", "stl10"):
+                split = train if name != "stl10" else "train+unlabeled" if train else "test"
+                source = getattr(datasets, name.upper())(root, split, download=True)
+                images = torch.from_numpy(source.data).movedim(1 if name == "stl10" else 3, 1)
+                labels = source.labels if name == "stl10" else source.targets
+            else:
+                source = datasets.ImageFolder(root / ("train" if train else "val"))
+                (self.files, labels), self.read = zip(*source.samples), source.loader  # as RGB
+            if name == "tinyimagenet" and not train:  # one folder of images, and a list of classes
+                rows = (root / "val/val_annotations.txt").read_text().splitlines()
+                class_of = dict(row.split("\t")[:2] for row in rows)
+                source.classes = sorted(set(class_of.values()))
+                labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
+        except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
+        self.classes = list(getattr(source, "classes", range(10)))
+        self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+        self.images = None if images is None else images.to(device).contiguous()
+        resize = T.Resize(size * 8 // 7 if size >= 96 else size)  # 256 for 224
+        self.test_crop = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
+        self.random_crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
+        if images is None and size < 96:
+            every = torch.arange(len(labels)).split(256)
+            self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
+    def __getitem__(self, item):
+        """(index, number of views, seed) -> (index, uint8 [views, 3, size, size])."""
+        index, views, seed = item
+        try: image = self.read(self.files[index])
+        except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
+        torch.manual_seed(seed)
+        crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
+        return index, torch.stack(crops)
+    def batches(self, index_batches, views=0, seed=0, step=0):
+        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b], batch by batch.
+        Files give crops drawn by seed and step, or with views = 0 the one crop for testing."""
+        if self.images is not None:
+            for indices in index_batches:
+                indices = indices.to(self.device, non_blocking=True)
+                yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
+            return
+        numbered = enumerate(index_batches, step)
+        items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
+        fork = "fork" if self.workers else None  # what is on a GPU cannot be pickled
+        options = dict(num_workers=self.workers, multiprocessing_context=fork)
+        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setsid())
+        try:
+            for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
+                indices, images = (x.to(self.device, non_blocking=True) for x in batch)
+                yield indices, images.unbind(1), self.labels[indices]
+        except OSError as error: check(False, str(error).strip().splitlines()[-1])
+# ---- views: batched, random for every image, on the device of the images ------------------------
+def random_boxes(n, height, width, scale, device):
+    """Boxes (top, left, height, width), [n] each, as torchvision's RandomResizedCrop draws them."""
+    area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w * h > 0) & (w <= width) & (h <= height)
+    first, found = fits.int().argmax(1, keepdim=True), fits.any(1)  # of ten tries, else all of it
+    w, h = (x.gather(1, first)[:, 0].where(found, side) for x, side in ((w, width), (h, height)))
+    top, left = torch.rand(2, n, device=device)
+    return (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor(), h, w
+
+def warp(images, boxes, size, flip, degrees):
+    """Cut boxes (top, left, height, width), [n] each, out of uint8 [n, 3, H, W], resize, mirror
+    where flip [n], turn counter-clockwise by degrees [n], bilinear: float [n, 3, size, size]."""
+    top, left, height, width, flip, angle = (x.view(-1, 1, 1) for x in (*boxes, flip, degrees))
+    steps = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # -1..1 across the view
+    cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
+    x, y = cos * steps - sin * steps[:, None], sin * steps + cos * steps[:, None]  # [n, size, size]
+    x, y = torch.where(flip, 1 - x, 1 + x) / 2 * width, (1 + y) / 2 * height  # in pixels of the box
+    x = (left + x.clamp(min=0.5).minimum(width - 0.5)) * 2 / images.shape[3] - 1  # -1..1 again
+    y = (top + y.clamp(min=0.5).minimum(height - 0.5)) * 2 / images.shape[2] - 1
+    return F.grid_sample(images.float() / 255, torch.stack([x, y], dim=3), align_corners=False)
+
+def adjust(images, operation, amount):
+    """Scale brightness, contrast or saturation (operation 0, 1, 2) of [n, 3, H, W], 0..1, by amount
+    [n, 1, 1, 1], or turn the hue (3) by that share of a circle."""
+    r, g, b = images.split(1, dim=1)
+    if operation < 3:
+        gray = 0.2989 * r + 0.587 * g + 0.114 * b
+        other = (0, gray.mean((1, 2, 3), keepdim=True), gray)[operation]
+        return (amount * images + (1 - amount) * other).clamp(0, 1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    safe = chroma.where(chroma > 0, 1)
+    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(value == r, (g - b) / safe, hue) + 6 * amount  # in sixths of a circle
+    turn = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
+    return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
+
+def gaussian_blur(images, sigma):
+    """Blur [n, 3, S, S] by sigma [n, 1] pixels, edges mirrored; the kernel spans a tenth of S."""
+    size, radius = images.shape[-1], max(1, images.shape[-1] // 20)
+    taps = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.softmax(-((taps / sigma) ** 2) / 2, dim=1)  # [n, taps]
+    eye = F.pad(torch.eye(size, device=images.device)[None], (radius, radius), mode="reflect")[0]
+    weights = torch.einsum("nt,jit->nij", kernel, eye.unfold(1, len(taps), 1))[:, None]
+    return weights @ images @ weights.mT
+
+def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
+    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size].
+    scale: area of a random resized crop (None: whole); flip, gray, blur: probabilities; rotation:
+    degrees; jitter: as torchvision's, with probability 0.8. The defaults: the view for testing."""
+    (n, _, height, width), device = images.shape, images.device
+    random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
+    boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
+    boxes = random_boxes(n, height, width, scale, device) if scale else boxes
+    images = warp(images, boxes, size, random() < flip, rotation * (2 * random() - 1))
+    if any(jitter):
+        chosen = random() < 0.8
+        amounts = [(i < 3) + chosen * x * (2 * random() - 1) for i, x in enumerate(jitter)]
+        for i in torch.randperm(4).tolist():  # one order for the batch, as in torchvision
+            images = adjust(images, i, amounts[i]) if jitter[i] else images
+    if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
+    if blur:
+        sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
+        images = gaussian_blur(images, sigma.view(n, 1))
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+# ---- model --------------------------------------------------------------------------------------
+def encoder(arch, stem):
+    """A torchvision ResNet that returns its pooled features [B, F], and F."""
+    from torchvision.models import resnet as nets
+    net = nets.ResNet(nets.BasicBlock, [1] * 4) if arch == "resnet10" else getattr(nets, arch)()
+    if stem != "imagenet":
+        net.conv1 = nn.Conv2d(3, 64, 3, 2 if stem == "small-stride" else 1, 1, bias=False)
+        net.maxpool = net.maxpool if stem == "small-pool" else nn.Identity()
+    width, net.fc = net.fc.in_features, nn.Identity()
+    return net, width
+
+def mlp(width, hidden, out):
+    """Projector or predictor. A bias before BatchNorm would do nothing."""
+    first = nn.Linear(width, hidden, bias=False)
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm of every self.size rows by themselves, as on a GPU that has no more; the running
+    statistics are the mean of the parts'."""
+    def forward(self, x):
+        parts = x.split(self.size if self.training else len(x))
+        means, variances = (y.repeat(len(parts), 1) for y in (self.running_mean, self.running_var))
+        how = self.weight, self.bias, self.training, self.momentum, self.eps
+        results = [F.batch_norm(*part, *how) for part in zip(parts, means, variances)]
+        self.running_mean.copy_(means.mean(0)), self.running_var.copy_(variances.mean(0))
+        return torch.cat(results)
+
+class MemoryBank(nn.Module):
+    """The last size embeddings pushed, with labels and indices; len(bank) rows are filled."""
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("embeddings", torch.zeros(size, dim))
+        self.register_buffer("labels", torch.full((size,), -1))
+        self.register_buffer("indices", torch.full((size,), -1))
+        self.pushed = 0  # rows ever pushed, kept on the host so that no step waits for the device
+    def __len__(self): return min(self.pushed, len(self.labels))
+    def enqueue(self, embeddings, labels, indices):
+        """Push [n, D], [n] and [n] over the oldest rows; where n > size, the last size of them."""
+        size, start, self.pushed = len(self.labels), self.pushed, self.pushed + len(labels)
+        rows = torch.arange(start, self.pushed, device=labels.device)[-size:] % size
+        self.embeddings[rows] = embeddings[-size:].detach()
+        self.labels[rows], self.indices[rows] = labels[-size:], indices[-size:]
+
+def gather(tensor):
+    """[b, ...] of every process -> [B, ...] on all of them, in the order of their ranks."""
+    if not dist.is_initialized(): return tensor
+    rows = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows
+# ---- the method ---------------------------------------------------------------------------------
+def nearest_neighbors(targets, bank, k, mask=None):
+    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, all
+    of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
+    missing. Raises ValueError if k > M."""
+    if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
+    similarities = targets @ bank.T
+    if mask is not None: similarities.masked_fill_(~mask, -math.inf)
+    values, indices = similarities.topk(k, dim=1)
+    return indices.masked_fill(values == -math.inf, -1)
+
+def mix_neighbors(targets, neighbors, lam):
+    """lam M_j + (1 - lam) u_i: targets [B, D], neighbors [B, k, D], lam in 0..1 -> [B, k, D]. Both
+    are normalised first, the mix is not."""
+    return lam * F.normalize(neighbors, dim=2) + (1 - lam) * F.normalize(targets, dim=1)[:, None]
+
+def mnn_loss(queries, targets, mixed, weighting=True):
+    """Mean of 2 - 2 q.mixed, plus mean of 2 - 2 q.u if weighting: queries, targets u [B, D], which
+    are normalised here, and mixed [B, k, D], which is not -> scalar."""
+    queries, targets = F.normalize(queries, dim=1), F.normalize(targets, dim=1)
+    loss = (2 - 2 * torch.einsum("bd,bkd->bk", queries, mixed)).mean()
+    return loss + (2 - 2 * (queries * targets).sum(1)).mean() if weighting else loss
+
+def info_nce(queries, targets, positives, own, temperature=0.2):
+    """Mean of -log(e^p / (e^p + sum of e^n)): p = q.positive / temperature, n = q.u / temperature
+    for the targets u of other images; queries [b, D] (normalised here), targets [B, D], positives
+    [b, k, D], own bool [b, B]: which targets are of the query's image -> scalar."""
+    queries = F.normalize(queries, dim=1)
+    others = (queries @ targets.T / temperature).masked_fill(own, -math.inf).logsumexp(1)
+    positives = torch.einsum("bd,bkd->bk", queries, positives) / temperature
+    return F.softplus(others[:, None] - positives).mean()
+
+def label_purity(neighbor_labels, labels):
+    """Share of neighbours [B, k] with the label [B] of their image, where both are known."""
+    known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
+    return ((neighbor_labels == labels[:, None]) & known).sum() / known.sum().clamp(min=1)
+
+class MNN(nn.Module):
+    """Online and target encoder, predictor and memory bank; forward is one step of the paper."""
+    def __init__(self, args):
+        super().__init__()
+        backbone, width = encoder(args.arch, args.stem)
+        self.online = nn.Sequential(backbone, mlp(width, 2048, 128))  # f
+        self.predictor = mlp(128, 2048, 128)  # h
+        self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
+        self.bank = MemoryBank(args.bank_size, 128)
+        self.args = args
+    def shuffled_targets(self, views):
+        """g of the views of all processes, [B, D] each. Images share BatchNorm with others than in
+        the online encoder, so that the statistics betray nothing."""
+        if self.args.bn_splits in (None, 1): return [gather(self.target(view)) for view in views]
+        generator = torch.Generator(views[0].device).manual_seed(self.args.seed + self.bank.pushed)
+        images, rank = map(gather, views), dist.get_rank() if dist.is_initialized() else 0
+        order = torch.randperm(self.args.batch_size, generator=generator, device=views[0].device)
+        own = order.view(-1, len(views[0]))[rank]
+        outputs = self.target(torch.cat([x[own] for x in images])).chunk(len(views))
+        return [gather(x)[order.argsort()] for x in outputs]
+    def forward(self, views, labels, indices):
+        """views: weak and strong [b, 3, S, S]; labels, indices [b] -> loss, metrics"""
+        (weak, strong), args, sides = views, self.args, 1 + self.args.symmetric
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.amp and weak.is_cuda):
+            passes = [strong, weak][:sides]
+            if (args.bn_splits or 1) > 1: passes = [torch.cat(passes)]  # faster
+            outputs = torch.cat([self.predictor(self.online(view)) for view in passes])
+            with torch.no_grad():
+                weights = list(self.target.parameters()), list(self.online.parameters())
+                torch._foreach_lerp_(*weights, 1 - args.ema)  # g <- m g + (1 - m) f, weights only
+                targets = self.shuffled_targets([weak, strong][:sides])
+                targets = [F.normalize(u.float(), dim=1) for u in targets]  # [B, D] each
+        rows, images = self.bank.embeddings[: len(self.bank)], gather(indices)
+        own, results = indices[:, None] == images, []  # [b, B]
+        for side, (q, everyone) in enumerate(zip(outputs.float().chunk(sides), targets)):
+            u = everyone[own.int().argmax(1)]  # [b, D]
+            drawn = random.Random(hash((args.seed, self.bank.pushed, side))).random()
+            lam = drawn if args.lam == "random" else args.lam  # the same on every process
+            nearest = nearest_neighbors(u, rows, min(args.topk, len(rows)))  # [b, k]
+            mixed = mix_neighbors(u, rows[nearest] if len(rows) else u[:, None], lam)  # M empty: u
+            if args.renormalize_mix: mixed = F.normalize(mixed, dim=2)
+            if args.objective == "mnn": loss = mnn_loss(q, u, mixed, args.weighting)
+            else:
+                loss = info_nce(q, everyone, mixed, own)
+                if args.weighting: loss = loss + info_nce(q, everyone, u[:, None], own)
+            purity = label_purity(self.bank.labels[nearest], labels)
+            results.append(torch.stack([loss, purity, loss.new_full((), lam)]))
+        self.bank.enqueue(targets[0], gather(labels), images)
+        loss, purity, lam = torch.stack(results).mean(0)
+        return loss, dict(purity=purity.detach(), lam=lam.detach())
+# ---- monitoring and training --------------------------------------------------------------------
+@torch.no_grad()
+def embed(net, data, rows, args):
+    """Features [n, F] that net in eval mode gives to the test views of images rows [n] of data."""
+    mode, _ = net.training, net.eval()
+    batches = data.batches(rows.split(256))
+    features = torch.cat([net(augment(images, args.image_size)) for _, (images,), _ in batches])
+    net.train(mode)
+    return features
+
+def knn_accuracy(backbone, train, test, args):
+    """20-NN accuracy in percent: at most 100,000 training images vote on the test images."""
+    known = (train.labels >= 0).nonzero()[:, 0].cpu()
+    known, every = known[:: math.ceil(len(known) / 100_000)], torch.arange(len(test.labels))
+    bank = F.normalize(embed(backbone, train, known, args), dim=1)
+    queries = F.normalize(embed(backbone, test, every, args), dim=1)
+    classes = F.one_hot(train.labels[known], len(train.classes))  # [bank, classes]
+    k = min(20, math.ceil(len(bank) / classes.shape[1]))  # fewer where few images have labels
+    votes = [classes[nearest_neighbors(q, bank, k)].sum(1) for q in queries.split(1024)]
+    return 100 * (torch.cat(votes).argmax(1) == test.labels).float().mean().item()
+
+def step_indices(n, args, start, rank, world):
+    """The indices [b] of this process at every step from start on; each epoch has its own order."""
+    steps = n // args.batch_size
+    for epoch in range(start // steps, args.epochs):
+        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))
+        order = torch.randperm(n, generator=generator)[: steps * args.batch_size]
+        yield from order.view(steps, world, -1)[max(0, start - epoch * steps) :, rank]
+
+def main(args):
+    """Train; returns the last mean "loss", the 20-NN accuracy "knn" (percent) and "checkpoint"."""
+    args, checkpoint = resolve(args)
+    check(args.lam == "random" or 0 <= args.lam <= 1, f"--lam {args.lam}: random, or 0 to 1")
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    parts, batch = 1 if args.bn_splits is None else args.bn_splits, args.batch_size
+    check(parts == 1 or 0 < parts < batch and parts % world == 0 == batch % parts, f"--bn-splits "
+          f"{parts}: need 1, or a multiple of {world} processes that divides --batch-size {batch}")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
+    if cuda: torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+    if local > 0: dist.barrier()  # until the first process of the node has downloaded
+    train, test = (ImageData(args, split, device) for split in (True, False))
+    if world > 1 and local == 0: dist.barrier()
+    n, differ = len(train.labels), sorted(set(train.classes) ^ set(test.classes))[:5]
+    check(args.batch_size <= n, f"--batch-size {args.batch_size}: there are {n} training images")
+    check(not differ, f"classes in only one of train and val: {', '.join(differ)}")
+    torch.manual_seed(args.seed)
+    model = MNN(args).to(device, memory_format=torch.channels_last)
+    network, optimizer = model, torch.optim.SGD(model.parameters(), fused=cuda)
+    start, steps = 0, n // args.batch_size  # steps of an epoch
+    if checkpoint:
+        try: model.load_state_dict(checkpoint["model"])
+        except RuntimeError: check(False, f"{args.resume} fits another script, data, --arch, ...")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
+    optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.weight_decay)
+    end, warmup = args.epochs * steps, args.warmup_epochs * steps
+    check(start < end, f"{args.resume}: all {start} steps are done; raise --epochs")
+    for net in model.online, model.target, model.predictor:
+        if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if args.compile: net.compile()
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and parts > 1:
+            norm.__class__, norm.size = SplitBatchNorm, batch // parts
+    if world > 1: network = nn.parallel.DistributedDataParallel(model)
+    network.broadcast_buffers = False  # every process computes the same bank
+    scale = None if train.images is None else args.crop_scale  # files come cropped
+    weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
+    strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
+    if args.weak_flip is not None: weak_view["flip"] = args.weak_flip
+    last = Path("runs", args.run_name, "last.pt")
+    if rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(last.parent, purge_step=start + 1)
+        writer.add_text("config", repr(args))
+        print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
+    signals, history, since, saved = [], [], time.time(), time.time()
+    signal.signal(signal.SIGTERM, lambda n, _: signals.append(n))  # schedulers may send it twice
+    signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
+    batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
+    for step, (indices, views, labels) in enumerate(batches, start + 1):
+        torch.manual_seed(hash((args.seed, step, rank)))
+        decay = (1 + math.cos(math.pi * max(0, step - 1 - warmup) / max(1, end - warmup))) / 2
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(decay, step / max(1, warmup))
+        views = [augment(view, **how) for view, how in zip(views, (weak_view, strong_view))]
+        loss, metrics = network(views, labels, indices)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        history.append(torch.stack([loss.detach(), *metrics.values()]))
+        if step % (args.log_every or steps) and step % steps: continue
+        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, 2 + metrics]
+        if world > 1: dist.all_reduce(table)
+        *columns, (stopped, *_) = (table / world).T.tolist()  # the only place where the host waits
+        for number, loss in enumerate(columns[0], step - len(history) + 1):
+            check(math.isfinite(loss), f"loss {loss} at step {number}, lr {lr:g}; kept: {last}")
+        values = {name: sum(x) / len(x) for name, x in zip(("loss", *metrics), columns)}
+        speed = len(history) * args.batch_size / (time.time() - since)
+        values, done = values | dict(lr=lr, img_per_s=speed), stopped or step == end
+        if rank == 0:
+            if step == end or step % (steps * args.knn_every or end) == 0 and not done:
+                values["knn"] = knn_accuracy(model.online[0], train, test, args)
+            for name, value in values.items(): writer.add_scalar(name, value, step)
+            left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
+            line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {left} left, "
+            line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
+            if done or time.time() - saved > 60 * args.checkpoint_minutes:
+                state = dict(step=step, pushed=model.bank.pushed, args=vars(args))
+                state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+                torch.save(state, last.with_suffix(".tmp"))
+                os.replace(last.with_suffix(".tmp"), last)  # whole or not at all
+                torch.save(model.online[0].state_dict(), last.with_name("backbone.pt"))
+                saved = time.time()
+        if world > 1 and done: dist.barrier()  # until the checkpoint is complete
+        check(step == end or not stopped, f"stopped at step {step}; continue with --resume {last}")
+        history, since = [], time.time()
+    if rank == 0: print(f"20-NN {values['knn']:.2f}%: python eval_linear.py --checkpoint {last}")
+    return dict(knn=math.nan, checkpoint=str(last)) | values
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
