@@ -46,7 +46,7 @@ class Args:
     weight_decay: float | None = None  # Weight decay of SGD, on every weight.
     seed: int = 0  # Seed of the weights, of the order of the images and of their views.
     amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
-    sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, if --bn-splits is 1.
+    sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, unless it is split.
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
