@@ -4,7 +4,7 @@
 # ///
 """MNN: Mixed Nearest-Neighbors for Self-Supervised Learning (Long, Peng, Li, arXiv 2311.00562).
 
-M is a memory bank of past embeddings u by the target encoder g, an average of the online one, f.
+f: online encoder, h: predictor, g: target encoder, an average of f, M: memory bank of past u.
     q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M after the search
     N(i) = the k rows of M nearest to u_i, none of them from this step
     mixed_ij = lam M_j + (1 - lam) u_i, not normalised; lam ~ U(0, 1), one number for the batch
@@ -262,7 +262,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         means, variances = (y.repeat(len(parts), 1) for y in (self.running_mean, self.running_var))
         how = self.weight, self.bias, self.training, self.momentum, self.eps
         results = [F.batch_norm(*part, *how) for part in zip(parts, means, variances)]
-        self.running_mean.copy_(means.mean(0)), self.running_var.copy_(variances.mean(0))
+        self.running_mean.copy_(means.mean(0)); self.running_var.copy_(variances.mean(0))
         return torch.cat(results)
 
 class MemoryBank(nn.Module):
@@ -349,7 +349,7 @@ class MNN(nn.Module):
         (weak, strong), args, sides = views, self.args, 1 + self.args.symmetric
         with torch.autocast("cuda", torch.bfloat16, enabled=args.amp and weak.is_cuda):
             passes = [strong, weak][:sides]
-            if (args.bn_splits or 1) > 1: passes = [torch.cat(passes)]  # faster
+            if (args.bn_splits or 1) > 1: passes = [torch.cat(passes)]  # same parts, but faster
             outputs = torch.cat([self.predictor(self.online(view)) for view in passes])
             with torch.no_grad():
                 weights = list(self.target.parameters()), list(self.online.parameters())
