@@ -87,7 +87,7 @@ def resolve(args):
     if args.resume:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            base = vars(Args(**checkpoint["args"])) | dict(num_workers=args.num_workers)
+            base = vars(Args(**base | checkpoint["args"])) | dict(num_workers=args.num_workers)
         except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
     given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))

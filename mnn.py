@@ -12,7 +12,6 @@ f: online encoder, h: predictor, g: target encoder, an average of f, M: memory b
            averaged with the same for the views exchanged (a new lam; those u are not pushed)
     $ python mnn.py                                       digits, on the CPU or on one GPU
     $ torchrun --nproc_per_node=8 mnn.py --dataset cifar10                           8 GPUs
-    $ torchrun --nproc_per_node=8 mnn.py --dataset imagenet --data-dir /data/imagenet
 """
 import copy, dataclasses, datetime, functools, math, os, random, signal, time, typing
 from pathlib import Path
@@ -62,6 +61,7 @@ class Args:
     weighting: bool = True  # Add the loss over the target itself to that over the mixes.
     symmetric: bool = True  # Average the loss with that of the views exchanged.
     objective: typing.Literal["mnn", "info-nce"] = "mnn"  # Distances, or a contrastive loss.
+    hidden: int | None = None  # Width of the hidden layers of projector and predictor.
     bn_splits: int | None = None  # Parts of the whole batch, each with BatchNorm of its own.
 
 IMAGENET = dict(  # section 4 of MSF's paper
@@ -74,10 +74,12 @@ TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.99
 DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
     rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
-SMALL = dict(weak_flip=0.9, bn_splits=8)  # the rest of MNN's recipe is in CIFAR and TINY
-RECIPES = dict(digits=DIGITS | dict(epochs=36, bn_splits=2), cifar10=CIFAR | SMALL,
-               cifar100=CIFAR | SMALL, stl10=TINY | SMALL, tinyimagenet=TINY | SMALL,
-               imagenet=IMAGENET, folder=IMAGENET | dict(bank_size=128_000))  # ours, after MSF's
+SMALL = dict(hidden=2048, weak_flip=0.9, bn_splits=8)  # the rest of it is in CIFAR and TINY
+LARGE = IMAGENET | dict(hidden=2048, bn_splits=1)  # ours: MSF's recipe with MNN's heads
+FEW = dict(hidden=1024, epochs=38, batch_size=32, lr=0.06, warmup_epochs=2, topk=20, bn_splits=1)
+RECIPES = dict(digits=DIGITS | FEW, cifar10=CIFAR | SMALL, cifar100=CIFAR | SMALL,
+               stl10=TINY | SMALL, tinyimagenet=TINY | SMALL, imagenet=LARGE,
+               folder=LARGE | dict(bank_size=128_000))
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
@@ -92,7 +94,7 @@ def resolve(args):
     if args.resume:
         try:
             checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            base = vars(Args(**checkpoint["args"])) | dict(num_workers=args.num_workers)
+            base = vars(Args(**base | checkpoint["args"])) | dict(num_workers=args.num_workers)
         except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
     given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
@@ -329,15 +331,14 @@ class MNN(nn.Module):
     def __init__(self, args):
         super().__init__()
         backbone, width = encoder(args.arch, args.stem)
-        self.online = nn.Sequential(backbone, mlp(width, 2048, 128))  # f
-        self.predictor = mlp(128, 2048, 128)  # h
+        self.online = nn.Sequential(backbone, mlp(width, args.hidden, 128))  # f
+        self.predictor = mlp(128, args.hidden, 128)  # h
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
-        self.bank = MemoryBank(args.bank_size, 128)
-        self.args = args
+        self.args, self.bank = args, MemoryBank(args.bank_size, 128)
     def shuffled_targets(self, views):
         """g of the views of all processes, [B, D] each. Images share BatchNorm with others than in
         the online encoder, so that the statistics betray nothing."""
-        if self.args.bn_splits in (None, 1): return [gather(self.target(view)) for view in views]
+        if not hasattr(self.target[1][1], "size"): return [gather(self.target(x)) for x in views]
         generator = torch.Generator(views[0].device).manual_seed(self.args.seed + self.bank.pushed)
         images, rank = map(gather, views), dist.get_rank() if dist.is_initialized() else 0
         order = torch.randperm(self.args.batch_size, generator=generator, device=views[0].device)
@@ -349,29 +350,28 @@ class MNN(nn.Module):
         (weak, strong), args, sides = views, self.args, 1 + self.args.symmetric
         with torch.autocast("cuda", torch.bfloat16, enabled=args.amp and weak.is_cuda):
             passes = [strong, weak][:sides]
-            if (args.bn_splits or 1) > 1: passes = [torch.cat(passes)]  # same parts, but faster
+            if hasattr(self.online[1][1], "size"): passes = [torch.cat(passes)]  # same, but faster
             outputs = torch.cat([self.predictor(self.online(view)) for view in passes])
             with torch.no_grad():
                 weights = list(self.target.parameters()), list(self.online.parameters())
                 torch._foreach_lerp_(*weights, 1 - args.ema)  # g <- m g + (1 - m) f, weights only
                 targets = self.shuffled_targets([weak, strong][:sides])
                 targets = [F.normalize(u.float(), dim=1) for u in targets]  # [B, D] each
-        rows, images = self.bank.embeddings[: len(self.bank)], gather(indices)
-        own, results = indices[:, None] == images, []  # [b, B]
-        for side, (q, everyone) in enumerate(zip(outputs.float().chunk(sides), targets)):
-            u = everyone[own.int().argmax(1)]  # [b, D]
-            drawn = random.Random(hash((args.seed, self.bank.pushed, side))).random()
-            lam = drawn if args.lam == "random" else args.lam  # the same on every process
+        rows, ids = self.bank.embeddings[: len(self.bank)], gather(indices)
+        own, results, rng = indices[:, None] == ids, [], random.Random(args.seed + self.bank.pushed)
+        for q, every in zip(outputs.float().chunk(sides), targets):
+            u = every[own.int().argmax(1)]  # own [b, B], u [b, D]
+            lam = rng.random() if args.lam == "random" else args.lam  # the same on every process
             nearest = nearest_neighbors(u, rows, min(args.topk, len(rows)))  # [b, k]
             mixed = mix_neighbors(u, rows[nearest] if len(rows) else u[:, None], lam)  # M empty: u
             if args.renormalize_mix: mixed = F.normalize(mixed, dim=2)
             if args.objective == "mnn": loss = mnn_loss(q, u, mixed, args.weighting)
             else:
-                loss = info_nce(q, everyone, mixed, own)
-                if args.weighting: loss = loss + info_nce(q, everyone, u[:, None], own)
+                positives = (mixed, u[:, None])[: 1 + args.weighting]
+                loss = sum(info_nce(q, every, x, own) for x in positives)
             purity = label_purity(self.bank.labels[nearest], labels)
             results.append(torch.stack([loss, purity, loss.new_full((), lam)]))
-        self.bank.enqueue(targets[0], gather(labels), images)
+        self.bank.enqueue(targets[0], gather(labels), ids)
         loss, purity, lam = torch.stack(results).mean(0)
         return loss, dict(purity=purity.detach(), lam=lam.detach())
 # ---- monitoring and training --------------------------------------------------------------------
@@ -409,7 +409,7 @@ def main(args):
     check(args.lam == "random" or 0 <= args.lam <= 1, f"--lam {args.lam}: random, or 0 to 1")
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    parts, batch = 1 if args.bn_splits is None else args.bn_splits, args.batch_size
+    parts, batch = args.bn_splits, args.batch_size
     check(parts == 1 or 0 < parts < batch and parts % world == 0 == batch % parts, f"--bn-splits "
           f"{parts}: need 1, or a multiple of {world} processes that divides --batch-size {batch}")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -439,7 +439,7 @@ def main(args):
         if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
         if args.compile: net.compile()
     for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and parts > 1:
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and parts % world == 0:
             norm.__class__, norm.size = SplitBatchNorm, batch // parts
     if world > 1: network = nn.parallel.DistributedDataParallel(model)
     network.broadcast_buffers = False  # every process computes the same bank

@@ -146,7 +146,7 @@ def small_model(**changes):
 
 
 def test_the_shuffle_is_undone():
-    model, _ = small_model(bn_splits=2)
+    model = split(small_model(bn_splits=2)[0], 4)
     views, seen = list(torch.randn(2, 8, 3, 16, 16)), []
     forward = model.target.forward
     model.target.forward = lambda x: seen.append(x) or forward(x)
@@ -162,24 +162,25 @@ def test_the_shuffle_is_undone():
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_a_step_on_parts_normalises_each_part_of_each_view_alone():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_on_parts_normalises_each_part_of_each_view_alone(parts):
     """One pass for both views gives what a pass for each part of each view gives."""
-    model, args = small_model(bn_splits=2, lam=0.4)
+    model, args = small_model(bn_splits=parts, lam=0.4)
     frozen = copy.deepcopy(model)
-    split(model, 4)
+    split(model, 8 // parts)
     weak, strong = torch.randn(2, 8, 3, 16, 16)
     loss, _ = model([weak, strong], torch.zeros(8).long(), torch.arange(8))
     queries = [[], []]
     for side, view in enumerate((strong, weak)):
-        for part in view.chunk(2):
+        for part in view.chunk(parts):
             queries[side].append(frozen.predictor(frozen.online(part)))
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(8, generator=generator)
     total = 0.0
     with torch.no_grad():
         for side, view in enumerate((weak, strong)):
-            parts = [frozen.target(part) for part in view[order].chunk(2)]
-            targets = F.normalize(torch.cat(parts), dim=1)[order.argsort()]
+            outputs = [frozen.target(part) for part in view[order].chunk(parts)]
+            targets = F.normalize(torch.cat(outputs), dim=1)[order.argsort()]
             mixed = mnn.mix_neighbors(targets, targets[:, None], 0.4)  # the first step
             total += slow_mnn(torch.cat(queries[side]), targets, mixed) / 2
     assert loss.item() == pytest.approx(total, abs=1e-4)
@@ -305,7 +306,7 @@ def test_a_run_leaves_a_plain_backbone_and_logs(monkeypatch):
         return augment(images, size, flip=flip, **how)
 
     monkeypatch.setattr(mnn, "augment", record)
-    words = "--run-name a --epochs 1 --flip 0.25 --weak-flip 0.75 --lam 0.5 --no-symmetric".split()
+    words = "--run-name a --epochs 1 --batch-size 64 --flip 0.25 --weak-flip 0.75 --lam 0.5 --no-symmetric".split()
     result = mnn.main(tyro.cli(mnn.Args, args=words))
     assert {(0.75, False), (0.25, True), (0, False)} == set(flips)  # weak, strong, for testing
     assert 0 < result["loss"] < 4 and result["lam"] == 0.5 and result["knn"] > 50
@@ -318,14 +319,14 @@ def test_a_run_leaves_a_plain_backbone_and_logs(monkeypatch):
 def test_a_checkpoint_of_another_script_is_refused_in_one_line():
     msf.main(msf.Args(run_name="a", epochs=1))
     with pytest.raises(SystemExit, match=r"^error: runs/a/last.pt fits another [^\n]*$"):
-        mnn.main(mnn.Args(resume="runs/a/last.pt"))
+        mnn.main(mnn.Args(resume="runs/a/last.pt", hidden=2048))
 
 
 def test_resume_continues_bit_for_bit(monkeypatch):
-    mnn.main(mnn.Args(run_name="whole", epochs=1))
+    mnn.main(mnn.Args(run_name="whole", epochs=1, batch_size=64, bn_splits=2))
     stop_at(9, mnn, monkeypatch)
     with pytest.raises(SystemExit, match="stopped at step 10"):
-        mnn.main(mnn.Args(run_name="parts", epochs=1))
+        mnn.main(mnn.Args(run_name="parts", epochs=1, batch_size=64, bn_splits=2))
     mnn.main(mnn.Args(resume="runs/parts/last.pt"))
     assert_same_state(load("whole"), load("parts"))
 
@@ -379,7 +380,7 @@ def train_and_keep(rank, world, folder):
     os.chdir(folder)
     models, build = [], mnn.MNN
     mnn.MNN = lambda *args: models.append(build(*args)) or models[0]
-    mnn.main(mnn.Args(run_name="two", epochs=1, bn_splits=4))
+    mnn.main(mnn.Args(run_name="two", epochs=1, batch_size=64, bn_splits=4))
     torch.save(models[0].state_dict(), f"rank{rank}.pt")
     assert models[0].target[1][1].size == 16  # four parts of a batch of 64
 
