@@ -145,16 +145,16 @@ class ImageData(torch.utils.data.Dataset):
         torch.manual_seed(seed)
         crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
         return index, torch.stack(crops)
-    def batches(self, index_batches, views=0, seed=0, step=0):
-        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b], batch by batch.
-        Files give crops drawn by seed and step, or with views = 0 the one crop for testing."""
+    def batches(self, index_batches, views=0, seed=0, step=0, stride=1):
+        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b]. Files give crops drawn
+        by seed and number (step, step + stride, ...), or with views = 0 the one for testing."""
         if self.images is not None:
             for indices in index_batches:
                 indices = indices.to(self.device, non_blocking=True)
                 yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
             return
-        numbered = enumerate(index_batches, step)
-        items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
+        items = ([(i, views, hash((seed, step + n * stride, i))) for i in batch.tolist()]
+                 for n, batch in enumerate(index_batches))
         fork = "fork" if self.workers else None  # what is on a GPU cannot be pickled
         options = dict(num_workers=self.workers, multiprocessing_context=fork)
         options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setsid())

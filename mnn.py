@@ -76,7 +76,7 @@ DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
 SMALL = dict(hidden=2048, weak_flip=0.9, bn_splits=8)  # the rest of it is in CIFAR and TINY
 LARGE = IMAGENET | dict(hidden=2048, bn_splits=1)  # ours: MSF's recipe with MNN's heads
-FEW = dict(hidden=1024, epochs=34, batch_size=32, lr=0.06, warmup_epochs=2, topk=20, bn_splits=1)
+FEW = dict(hidden=1024, epochs=34, batch_size=32, lr=0.06, warmup_epochs=2, bn_splits=1)
 RECIPES = dict(digits=DIGITS | FEW, cifar10=CIFAR | SMALL, cifar100=CIFAR | SMALL,
                stl10=TINY | SMALL, tinyimagenet=TINY | SMALL, imagenet=LARGE,
                folder=LARGE | dict(bank_size=128_000))
@@ -153,16 +153,16 @@ class ImageData(torch.utils.data.Dataset):
         torch.manual_seed(seed)
         crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
         return index, torch.stack(crops)
-    def batches(self, index_batches, views=0, seed=0, step=0):
-        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b], batch by batch.
-        Files give crops drawn by seed and step, or with views = 0 the one crop for testing."""
+    def batches(self, index_batches, views=0, seed=0, step=0, stride=1):
+        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b]. Files give crops drawn
+        by seed and number (step, step + stride, ...), or with views = 0 the one for testing."""
         if self.images is not None:
             for indices in index_batches:
                 indices = indices.to(self.device, non_blocking=True)
                 yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
             return
-        numbered = enumerate(index_batches, step)
-        items = ([(i, views, hash((seed, n, i))) for i in batch.tolist()] for n, batch in numbered)
+        items = ([(i, views, hash((seed, step + n * stride, i))) for i in batch.tolist()]
+                 for n, batch in enumerate(index_batches))
         fork = "fork" if self.workers else None  # what is on a GPU cannot be pickled
         options = dict(num_workers=self.workers, multiprocessing_context=fork)
         options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setsid())

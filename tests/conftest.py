@@ -1,12 +1,15 @@
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for the CPU, where results repeat bit for bit
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,3 +34,57 @@ def stop_at(step, script, monkeypatch):
             yield indices
 
     monkeypatch.setattr(script, "step_indices", step_indices)
+
+
+def work(rank, jobs, answers):
+    """One of two processes: call each function that comes with (rank, 2, folder)."""
+    torch.set_num_threads(1)
+    kept = dict(os.environ)
+    for function, folder in iter(jobs.get, None):
+        os.chdir(folder)
+        try:
+            answers.put(function(rank, 2, folder))
+        except BaseException:
+            answers.put(traceback.format_exc())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Two processes that live as long as the tests: importing torch in them takes seconds."""
+    context = mp.get_context("spawn")
+    queues = [(context.Queue(), context.Queue()) for _ in range(2)]
+    pair = [context.Process(target=work, args=(rank, *x)) for rank, x in enumerate(queues)]
+    for process in pair:
+        process.start()
+    yield queues
+    for process, (jobs, _) in zip(pair, queues):
+        jobs.put(None)
+        process.join(20)
+        process.kill()
+
+
+@pytest.fixture
+def one_and_two(processes, tmp_path):
+    """Call function(rank, world, folder) in two processes at once and, unless told not to, alone."""
+    def call(function, alone=True):
+        for jobs, _ in processes:
+            jobs.put((function, str(tmp_path)))
+        errors = [answers.get(timeout=300) for _, answers in processes]
+        assert errors == [None, None], "\n".join(map(str, errors))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        if alone:
+            function(0, 1, str(tmp_path))
+        torch.set_num_threads(threads)
+
+    return call
+
+
+def as_torchrun(rank, world, port):
+    """Set what torchrun sets."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world))

@@ -2,15 +2,13 @@
 
 import copy
 import math
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import stop_at
+from conftest import as_torchrun, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import TINY, data, write_folder
 from test_method import slow_loss, slow_neighbors, unit
@@ -367,7 +365,6 @@ def test_a_run_with_a_list_that_leaves_out_a_class():
 
 def train_in_eval_mode(rank, world, folder):
     """Nine steps over 24 images; BatchNorm in eval mode, so that images do not depend on others."""
-    torch.set_num_threads(1)
     if world > 1:
         store = f"file://{folder}/store"
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
@@ -394,9 +391,8 @@ def train_in_eval_mode(rank, world, folder):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    for world in (1, 2):
-        mp.spawn(train_in_eval_mode, (world, str(tmp_path)), nprocs=world)
+def test_two_processes_compute_what_one_does(one_and_two, tmp_path):
+    one_and_two(train_in_eval_mode)
     one, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
@@ -407,18 +403,16 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def train_and_keep(rank, world, folder):
     """main as torchrun starts it; every process writes down its model."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29535", LOCAL_WORLD_SIZE=str(world))
-    os.chdir(folder)
+    as_torchrun(rank, world, 29535)
     models, build = [], cmsf_semi.SemiCMSF
     cmsf_semi.SemiCMSF = lambda *args: models.append(build(*args)) or models[0]
     cmsf_semi.main(cmsf_semi.Args(run_name="two", epochs=1, confidence=0.1, warmup_epochs=0))
+    cmsf_semi.SemiCMSF = build
     torch.save(models[0].state_dict(), f"rank{rank}.pt")
 
 
-def test_processes_stay_in_step(tmp_path):
-    mp.spawn(train_and_keep, (2, str(tmp_path)), nprocs=2)
+def test_processes_stay_in_step(one_and_two):
+    one_and_two(train_and_keep, alone=False)
     first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))
     for name, value in first.items():  # the networks' running statistics are each process's own
         assert torch.equal(value, second[name]) or "running" in name, name

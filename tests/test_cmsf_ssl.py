@@ -1,13 +1,11 @@
 """Constrained mean shift, self-supervised: the constraint in loops, and what a run keeps and logs."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import ROOT, stop_at
+from conftest import ROOT, as_torchrun, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import TINY, write_folder
 from test_method import slow_loss, slow_neighbors, unit
@@ -277,7 +275,6 @@ def test_files_give_as_many_crops_as_there_are_views(constraint):
 
 def train_in_eval_mode(rank, world, folder):
     """Nine steps over 24 images; BatchNorm in eval mode, so that images do not depend on others."""
-    torch.set_num_threads(1)
     if world > 1:
         store = f"file://{folder}/store"
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
@@ -305,9 +302,8 @@ def train_in_eval_mode(rank, world, folder):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    for world in (1, 2):
-        mp.spawn(train_in_eval_mode, (world, str(tmp_path)), nprocs=world)
+def test_two_processes_compute_what_one_does(one_and_two, tmp_path):
+    one_and_two(train_in_eval_mode)
     for constraint in CONSTRAINTS:
         names = (f"{constraint}-{end}.pt" for end in ("1-0", "2-0", "2-1"))
         one, first, second = (torch.load(tmp_path / name) for name in names)
@@ -319,18 +315,16 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def train_and_keep(rank, world, folder):
     """main as torchrun starts it; every process writes down its model."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533", LOCAL_WORLD_SIZE=str(world))
-    os.chdir(folder)
+    as_torchrun(rank, world, 29533)
     models, build = [], cmsf_ssl.CMSF
     cmsf_ssl.CMSF = lambda *args: models.append(build(*args)) or models[0]
     cmsf_ssl.main(cmsf_ssl.Args(run_name="two", epochs=2, constraint="kmeans"))
+    cmsf_ssl.CMSF = build
     torch.save(models[0].state_dict(), f"rank{rank}.pt")
 
 
-def test_processes_stay_in_step(tmp_path):
-    mp.spawn(train_and_keep, (2, str(tmp_path)), nprocs=2)
+def test_processes_stay_in_step(one_and_two):
+    one_and_two(train_and_keep, alone=False)
     first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))
     for name, value in first.items():  # BatchNorm's running statistics are each process's own
         assert torch.equal(value, second[name]) or "running" in name, name

@@ -2,15 +2,13 @@
 
 import copy
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import tyro
-from conftest import stop_at
+from conftest import as_torchrun, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import write_cifar, write_stl10, write_tinyimagenet
 from test_method import slow_loss, slow_neighbors, unit
@@ -333,7 +331,6 @@ def test_resume_continues_bit_for_bit(monkeypatch):
 
 def train_on_parts(rank, world, folder):
     """Three steps of 32 images; BatchNorm in training mode, over four parts of eight images."""
-    torch.set_num_threads(1)
     if world > 1:
         store = f"file://{folder}/store"
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
@@ -358,9 +355,8 @@ def train_on_parts(rank, world, folder):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    for world in (1, 2):
-        mp.spawn(train_on_parts, (world, str(tmp_path)), nprocs=world)
+def test_two_processes_compute_what_one_does(one_and_two, tmp_path):
+    one_and_two(train_on_parts)
     for objective in ("mnn", "info-nce"):
         names = (f"{objective}-{end}.pt" for end in ("1-0", "2-0", "2-1"))
         one, first, second = (torch.load(tmp_path / name) for name in names)
@@ -374,19 +370,17 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def train_and_keep(rank, world, folder):
     """main as torchrun starts it; every process writes down its model."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29537", LOCAL_WORLD_SIZE=str(world))
-    os.chdir(folder)
+    as_torchrun(rank, world, 29537)
     models, build = [], mnn.MNN
     mnn.MNN = lambda *args: models.append(build(*args)) or models[0]
     mnn.main(mnn.Args(run_name="two", epochs=1, batch_size=64, bn_splits=4))
+    mnn.MNN = build
     torch.save(models[0].state_dict(), f"rank{rank}.pt")
     assert models[0].target[1][1].size == 16  # four parts of a batch of 64
 
 
-def test_processes_stay_in_step(tmp_path):
-    mp.spawn(train_and_keep, (2, str(tmp_path)), nprocs=2)
+def test_processes_stay_in_step(one_and_two):
+    one_and_two(train_and_keep, alone=False)
     first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))
     assert first["bank.indices"].unique().numel() == 1024
     for name, value in first.items():  # BatchNorm's running statistics are each process's own

@@ -1,7 +1,6 @@
 """Whole runs: what they return and write, exact resume, signals, several processes."""
 
-import math
-import os
+import dataclasses
 import re
 import signal
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import ROOT, stop_at
+import tyro
+from conftest import ROOT, as_torchrun, stop_at
 
 import cmsf_semi
 import cmsf_ssl
@@ -80,12 +79,12 @@ def test_a_run_leaves_what_it_promises():
 
 
 def test_resume_continues_bit_for_bit(monkeypatch):
-    given = dict(epochs=3, warmup_epochs=0.5, bank_size=100)
+    given = dict(epochs=2, warmup_epochs=0.5, bank_size=100)
     msf.main(msf.Args(run_name="whole", **given))
-    stop_at(37, msf, monkeypatch)
-    with pytest.raises(SystemExit, match="stopped at step 40; continue with --resume runs/parts/last.pt"):
+    stop_at(27, msf, monkeypatch)
+    with pytest.raises(SystemExit, match="stopped at step 30; continue with --resume runs/parts/last.pt"):
         msf.main(msf.Args(run_name="parts", **given))
-    assert load("parts")["step"] == 40
+    assert load("parts")["step"] == 30
     result = msf.main(msf.Args(resume="runs/parts/last.pt"))
     assert result["checkpoint"] == "runs/parts/last.pt"
     assert_same_state(load("whole"), load("parts"))
@@ -177,7 +176,6 @@ def test_the_order_of_images():
 
 def train_in_eval_mode(rank, world, folder):
     """Five steps on fixed images; BatchNorm in eval mode, so that images do not depend on others."""
-    torch.set_num_threads(1)
     if world > 1:
         store = f"file://{folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
@@ -203,9 +201,8 @@ def train_in_eval_mode(rank, world, folder):
         dist.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    for world in (1, 2):
-        mp.spawn(train_in_eval_mode, (world, str(tmp_path)), nprocs=world)
+def test_two_processes_compute_what_one_does(one_and_two, tmp_path):
+    one_and_two(train_in_eval_mode)
     one, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
@@ -218,18 +215,16 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def train_and_keep(rank, world, folder):
     """main as torchrun starts it; every process writes down its model."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29531", LOCAL_WORLD_SIZE=str(world))
-    os.chdir(folder)
+    as_torchrun(rank, world, 29531)
     models, build = [], msf.MSF
     msf.MSF = lambda args: models.append(build(args)) or models[0]
     msf.main(msf.Args(run_name="two", epochs=1))
+    msf.MSF = build
     torch.save(models[0].state_dict(), f"rank{rank}.pt")
 
 
-def test_processes_stay_in_step(tmp_path):
-    mp.spawn(train_and_keep, (2, str(tmp_path)), nprocs=2)
+def test_processes_stay_in_step(one_and_two):
+    one_and_two(train_and_keep, alone=False)
     first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))
     assert first["bank.indices"].unique().numel() == 1024
     for name, value in first.items():  # BatchNorm's running statistics are each process's own
@@ -245,12 +240,12 @@ def test_torchrun_trains_on_the_cpu():
     assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
 
-@pytest.mark.parametrize("script", [msf, cmsf_ssl, cmsf_semi, mnn])
-def test_help_has_a_sentence_for_every_argument(script):
-    env = os.environ | {"COLUMNS": "100"}
-    command = [sys.executable, script.__file__, "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, env=env).stdout
-    words = re.sub(r"[│╭╮╰╯─\s]+", " ", text)
-    for name in vars(script.Args()):
-        option = re.search(rf"--{name.replace('_', '-')}[ ,](.*?)\(default:", words)
-        assert option and re.search(r"[A-Z][a-z0-9].{8,}\.$|[a-z, ]{20,}\.$", option[1].strip()), name
+@pytest.mark.parametrize("script", [msf, cmsf_ssl, cmsf_semi, mnn, eval_linear])
+def test_help_has_a_sentence_for_every_argument(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        tyro.cli(script.Args, args=["--help"])
+    words = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
+    for field in dataclasses.fields(script.Args):
+        option = re.search(rf"--{field.name.replace('_', '-')}[ ,](.*?)\((default:|required)", words)
+        assert option and re.search(r"[A-Z][a-z0-9].{8,}\.$|[a-z, ]{20,}\.$", option[1].strip()), field.name
