@@ -76,7 +76,7 @@ DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
 SMALL = dict(hidden=2048, weak_flip=0.9, bn_splits=8)  # the rest of it is in CIFAR and TINY
 LARGE = IMAGENET | dict(hidden=2048, bn_splits=1)  # ours: MSF's recipe with MNN's heads
-FEW = dict(hidden=1024, epochs=37, batch_size=32, lr=0.05, warmup_epochs=3, topk=20, bn_splits=1)
+FEW = dict(hidden=1024, epochs=40, batch_size=32, lr=0.04, topk=20, bn_splits=1)
 RECIPES = dict(digits=DIGITS | FEW, cifar10=CIFAR | SMALL, cifar100=CIFAR | SMALL,
                stl10=TINY | SMALL, tinyimagenet=TINY | SMALL, imagenet=LARGE,
                folder=LARGE | dict(bank_size=128_000))
