@@ -1,5 +1,6 @@
 """Constrained mean shift, self-supervised: the constraint in loops, and what a run keeps and logs."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -228,7 +229,7 @@ def test_the_second_epoch_uses_the_embeddings_of_the_first(half, monkeypatch):
     ],
 )
 def test_resume_continues_bit_for_bit(given, step, monkeypatch):
-    given = given | dict(epochs=3, warmup_epochs=0, bank_size=500)
+    given = given | dict(epochs=math.ceil((step + 1) / 22), warmup_epochs=0, bank_size=500)
     cmsf_ssl.main(cmsf_ssl.Args(run_name="whole", **given))
     stop_at(step - 3, cmsf_ssl, monkeypatch)
     with pytest.raises(SystemExit, match=f"stopped at step {step}"):
