@@ -39,7 +39,7 @@ class Args:
     labels: str | None = None  # Images that vote and train: 1pct to 100pct, or a list of files.
     label_seed: int = 0  # Another seed, another share; the same one as in cmsf_semi.py.
     fine_tune: bool = False  # Train all weights, instead of judging frozen features.
-    protocol: typing.Literal["scaled", "raw"] | None = None  # That of the linear probe, see above.
+    protocol: typing.Literal["scaled", "raw"] | None = None  # Probe's; see the script's head.
     epochs: int | None = None  # Passes over the images; None: the protocol's; 0: no probe.
     lr: float | None = None  # First learning rate; None: the protocol's.
     batch_size: int = 256  # Images a step of training, over all processes.
