@@ -15,7 +15,6 @@ Features are the backbone's pooled output, in eval mode, under the view for test
 An accuracy is that of the last epoch. The images that --labels names vote and train: all, or few.
     $ python eval_linear.py --checkpoint runs/NAME/last.pt
     $ python eval_linear.py --checkpoint runs/NAME/last.pt --labels 10pct --fine-tune
-    $ python eval_linear.py --baseline random --dataset cifar10
     $ torchrun --nproc_per_node=8 eval_linear.py --checkpoint resnet50.pth --dataset imagenet
 """
 import dataclasses, datetime, functools, hashlib, json, math, os, pickle, re, types, typing
@@ -61,8 +60,7 @@ def check(condition, message):
     if not condition: raise SystemExit(f"error: {message}")
 
 def complete(args):
-    """Complete args from the checkpoint or the recipe: (args, weights, steps of training). Raises
-    SystemExit for values that cannot work."""
+    """(args completed from checkpoint or recipe, weights, steps trained); SystemExit if wrong."""
     check((args.checkpoint is None) != (args.baseline is None), "give --checkpoint or --baseline")
     weights, run, step = read_weights(args.checkpoint) if args.checkpoint else ({}, {}, 0)
     name, known = args.dataset or run.get("dataset", args.baseline and "digits"), ", ".join(RECIPES)
@@ -75,8 +73,8 @@ def complete(args):
     raw = name != "digits" and args.image_size < 96  # digits are too few for lr 30
     args.protocol = args.protocol or ("raw" if raw else "scaled")
     args.rank, args.world = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if args.epochs is None:
-        args.epochs = 20 if args.fine_tune else 100 if args.protocol == "raw" else 40
+    usual = 20 if args.fine_tune else 100 if args.protocol == "raw" else 40
+    args.epochs = usual if args.epochs is None else args.epochs
     check(args.epochs >= args.fine_tune, "--epochs: need 0 or more, 1 to fine-tune")
     check(args.batch_size > 0 < args.image_size, "need --batch-size and --image-size of 1 or more")
     check(args.lr is None or 0 < args.lr < math.inf, f"--lr {args.lr}: must be above 0")
@@ -292,8 +290,8 @@ def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), g
     if blur:
         sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
         images = gaussian_blur(images, sigma.view(n, 1))
-    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+    return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
 # ---- features -----------------------------------------------------------------------------------
 def encoder(arch, stem):
     """A torchvision ResNet that returns its pooled features [B, F], and F."""
@@ -314,9 +312,9 @@ class Pixels(nn.Module):
 def gather(tensor):
     """[b, ...] of every process -> [B, ...] on all of them, in the order of their ranks."""
     if not dist.is_initialized(): return tensor
-    rows = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(rows, tensor.contiguous())
-    return rows
+    parts = [tensor.new_empty(tensor.shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 def passes(net, data, rows, args, views=0, seed=0, view={}):
     """Yield features [b, F] of images rows [n] under the view (arguments of augment) and labels [b]
@@ -353,10 +351,13 @@ def nearest_neighbors(targets, bank, k, mask=None):
     of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
     missing. Raises ValueError if k > M."""
     if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
-    similarities = targets @ bank.T
+    similarities = targets @ bank.T  # [B, M]
     if mask is not None: similarities.masked_fill_(~mask, -math.inf)
-    values, indices = similarities.topk(k, dim=1)
-    return indices.masked_fill(values == -math.inf, -1)
+    size = math.gcd(len(bank), 64)  # of a block; the k best rows lie in the k best blocks
+    best = similarities.unflatten(1, (-1, size)).amax(2).topk(min(k, len(bank) // size)).indices
+    rows = (best[:, :, None] * size + torch.arange(size, device=best.device)).flatten(1)
+    values, order = similarities.gather(1, rows).topk(k)
+    return rows.gather(1, order).masked_fill(values == -math.inf, -1)
 
 def knn_predict(queries, features, labels, k, num_classes, temperature=None):
     """Classes [B] voted by the k rows of features [N, F] nearest in cosine to queries [B, F]: votes
@@ -390,13 +391,12 @@ def linear_probe(batches, features, queries, num_classes, args):
     theirs under the view for testing, whose mean and standard deviation scale all."""
     raw = args.protocol == "raw"
     if not raw: var, mean = torch.var_mean(F.normalize(features, dim=1), dim=0, correction=0)
-    def scale(x): return x if raw else (F.normalize(x, dim=1) - mean) / (var + 1e-5).sqrt()
+    def network(x): return head(x if raw else (F.normalize(x, dim=1) - mean) / (var + 1e-5).sqrt())
     torch.manual_seed(args.seed)
     head = nn.Linear(features.shape[1], num_classes).to(features.device)
     head.weight.data.normal_(std=0.01); head.bias.data.zero_()
     options = dict(lr=30, nesterov=True) if raw else dict(lr=0.01, weight_decay=1e-4)
     options["lr"], milestones = args.lr or options["lr"], (0.6, 0.8) if raw else (0.375, 0.75)
-    def network(x): return head(scale(x))
     train_epochs(batches, network, head.parameters(), milestones, args, **options)
     return network(queries).argmax(1)
 

@@ -3,7 +3,6 @@
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
 # ///
 """MNN: Mixed Nearest-Neighbors for Self-Supervised Learning (Long, Peng, Li, arXiv 2311.00562).
-
 f: online encoder, h: predictor, g: target encoder, an average of f, M: memory bank of past u.
     q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M after the search
     N(i) = the k rows of M nearest to u_i, none of them from this step
@@ -86,8 +85,7 @@ def check(condition, message):
     if not condition: raise SystemExit(f"error: {message}")
 
 def resolve(args):
-    """Complete args from the recipe, or from the checkpoint to resume: (args, checkpoint or None).
-    Raises SystemExit for values that cannot work."""
+    """(args completed from recipe or checkpoint, checkpoint or None); SystemExit if wrong."""
     check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
     name = f"{Path(__file__).stem}-{args.dataset}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint, base = None, dict(run_name=name) | RECIPES[args.dataset]
@@ -98,10 +96,9 @@ def resolve(args):
         except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
     given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
-    name, batch, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
-    check(batch % world == 0, f"--batch-size {batch} does not divide by {world} processes")
-    check(batch > world, f"--batch-size {batch}: BatchNorm needs 2 images or more a process")
-    check(1 <= args.topk <= batch <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
+    name, size, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
+    check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
+    check(1 <= args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
     check(name and name == os.path.basename(name).strip("."), "--run-name: must be a plain name")
     own = not last.exists() or args.resume and last.samefile(args.resume)
     check(own, f"{last} exists: --resume it, or choose another --run-name")
@@ -238,8 +235,8 @@ def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), g
     if blur:
         sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
         images = gaussian_blur(images, sigma.view(n, 1))
-    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+    return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
 # ---- model --------------------------------------------------------------------------------------
 def encoder(arch, stem):
     """A torchvision ResNet that returns its pooled features [B, F], and F."""
@@ -286,19 +283,22 @@ class MemoryBank(nn.Module):
 def gather(tensor):
     """[b, ...] of every process -> [B, ...] on all of them, in the order of their ranks."""
     if not dist.is_initialized(): return tensor
-    rows = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(rows, tensor.contiguous())
-    return rows
+    parts = [tensor.new_empty(tensor.shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 # ---- the method ---------------------------------------------------------------------------------
 def nearest_neighbors(targets, bank, k, mask=None):
     """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, all
     of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
     missing. Raises ValueError if k > M."""
     if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
-    similarities = targets @ bank.T
+    similarities = targets @ bank.T  # [B, M]
     if mask is not None: similarities.masked_fill_(~mask, -math.inf)
-    values, indices = similarities.topk(k, dim=1)
-    return indices.masked_fill(values == -math.inf, -1)
+    size = math.gcd(len(bank), 64)  # of a block; the k best rows lie in the k best blocks
+    best = similarities.unflatten(1, (-1, size)).amax(2).topk(min(k, len(bank) // size)).indices
+    rows = (best[:, :, None] * size + torch.arange(size, device=best.device)).flatten(1)
+    values, order = similarities.gather(1, rows).topk(k)
+    return rows.gather(1, order).masked_fill(values == -math.inf, -1)
 
 def mix_neighbors(targets, neighbors, lam):
     """lam M_j + (1 - lam) u_i: targets [B, D], neighbors [B, k, D], lam in 0..1 -> [B, k, D]. Both
@@ -336,8 +336,7 @@ class MNN(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.args, self.bank = args, MemoryBank(args.bank_size, 128)
     def shuffled_targets(self, views):
-        """g of the views of all processes, [B, D] each. Images share BatchNorm with others than in
-        the online encoder, so that the statistics betray nothing."""
+        """g of the views of all processes, [B, D] each; in shuffled parts, as statistics betray."""
         if not hasattr(self.target[1][1], "size"): return [gather(self.target(x)) for x in views]
         generator = torch.Generator(views[0].device).manual_seed(self.args.seed + self.bank.pushed)
         images, rank = map(gather, views), dist.get_rank() if dist.is_initialized() else 0
@@ -365,10 +364,9 @@ class MNN(nn.Module):
             nearest = nearest_neighbors(u, rows, min(args.topk, len(rows)))  # [b, k]
             mixed = mix_neighbors(u, rows[nearest] if len(rows) else u[:, None], lam)  # M empty: u
             if args.renormalize_mix: mixed = F.normalize(mixed, dim=2)
+            positives = (mixed, u[:, None])[: 1 + args.weighting]
             if args.objective == "mnn": loss = mnn_loss(q, u, mixed, args.weighting)
-            else:
-                positives = (mixed, u[:, None])[: 1 + args.weighting]
-                loss = sum(info_nce(q, every, x, own) for x in positives)
+            else: loss = sum(info_nce(q, every, x, own) for x in positives)
             purity = label_purity(self.bank.labels[nearest], labels)
             results.append(torch.stack([loss, purity, loss.new_full((), lam)]))
         self.bank.enqueue(targets[0], gather(labels), ids)

@@ -79,7 +79,11 @@ def test_invalid_neighbours_have_no_gradient_and_may_hold_anything():
     torch.testing.assert_close(gradient, again)
 
 
-@pytest.mark.parametrize("m, k", [(1, 1), (5, 5), (37, 4), (1000, 10)])
+# blocks of 1, 1, 1, 8, 64 (fewer than k), 64, 64 and 32 rows
+SIZES = [(1, 1), (5, 5), (37, 4), (1000, 10), (128, 70), (192, 192), (4096, 20), (1440, 31)]
+
+
+@pytest.mark.parametrize("m, k", SIZES)
 def test_neighbours_equal_a_full_sort(m, k):
     targets, bank = unit(9, 8), unit(m, 8)
     found = msf.nearest_neighbors(targets, bank, k)
@@ -95,6 +99,40 @@ def test_neighbours_among_ties_are_distinct_rows_at_the_smallest_distances():
     distances = torch.cdist(targets, bank)
     expected = distances.sort(dim=1).values[:, :7]
     torch.testing.assert_close(distances.gather(1, found), expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("spread", ["one block", "all blocks", "all rows"])
+def test_the_best_rows_are_found_wherever_they_lie(spread):
+    """512 rows are searched in blocks of 64: the 40 best in one, five in each, or all the same."""
+    targets, bank = unit(3, 8), unit(512, 8)
+    near = torch.arange(40) + 64 if spread == "one block" else torch.randperm(512)[:40]
+    if spread == "all blocks":
+        near = (torch.arange(8)[:, None] * 64 + torch.tensor([0, 1, 31, 62, 63])).flatten()
+    targets[:] = targets[0]
+    bank[near] = F.normalize(targets[0] + 0.01 * torch.randn(40, 8), dim=1)
+    if spread == "all rows":
+        bank[:] = bank[0]
+    found = msf.nearest_neighbors(targets, bank, 40)
+    assert all(len(set(row)) == 40 for row in found.tolist())
+    if spread != "all rows":
+        assert torch.equal(found, slow_neighbors(targets, bank, 40))
+        assert sorted(found[0].tolist()) == sorted(near.tolist())
+
+
+def test_a_mask_may_leave_whole_blocks_empty():
+    targets, bank, mask = unit(4, 8), unit(256, 8), torch.zeros(4, 256, dtype=torch.bool)
+    mask[0, [3, 130]], mask[1, 64:128], mask[2] = True, True, True
+    found = msf.nearest_neighbors(targets, bank, 70, mask)
+    for i, count in enumerate((2, 64, 70, 0)):
+        left = mask[i].nonzero()[:, 0]
+        expected = left[slow_neighbors(targets[i : i + 1], bank[left], count)[0]].tolist()
+        assert found[i].tolist() == expected + [-1] * (70 - count)
+
+
+def test_a_row_that_is_not_a_number_is_never_passed_over_in_silence():
+    targets, bank = unit(2, 8), unit(128, 8)
+    bank[77] = math.nan
+    assert (msf.nearest_neighbors(targets, bank, 3) == 77).any(1).all()
 
 
 @pytest.mark.parametrize("shape", [(20,), (9, 20)])
