@@ -1,11 +1,6 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
-# ///
 """CMSF with few labels, or all: mean shift among images of one label (CMSF, arXiv 2112.04607).
     q = norm(h(f(strong view)))   u = norm(g(weak view)), g: average of f; into bank M with label(i)
-    label(i) = the given one, else what a classifier of u, trained on the images that have one, says
-               with a probability of 0.85 or more, else none
+    label(i) = the given one, else a classifier's of u_i where it is sure (0.85), else none
     N(i) = the k rows of M nearest to u_i among those with label(i), or among all if that is none
     loss = mean over i, mean over j in N(i) (fewer than k if the label is rare), of ||q_i - M_j||^2
     $ python cmsf_semi.py --labels 10pct                  digits, on the CPU or on one GPU
@@ -13,14 +8,12 @@
 """
 import copy, dataclasses, datetime, functools, math, os, signal, time, typing
 from pathlib import Path
-import torch, tyro
-import torch.nn.functional as F
-from torch import distributed as dist, nn
+import torch, torch.distributed as dist, torch.nn.functional as F, tyro
+from torch import nn
 
 @dataclasses.dataclass
 class Args:
     """Train with constrained mean shift. None stands for the value in the data set's recipe."""
-    # the data set, and the views of its images
     dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
     data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
     num_workers: int = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # Readers of images.
@@ -31,7 +24,6 @@ class Args:
     jitter: tuple[float, float, float, float] | None = None  # Strong view's colour jitter (p 0.8).
     gray: float | None = None  # Probability that the strong view is gray.
     blur: float | None = None  # Probability that the strong view is blurred (sigma 0.1 to 2 px).
-    # the network and its training
     arch: typing.Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
     stem: typing.Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # Input.
     epochs: int | None = None  # Passes over the training images.
@@ -45,11 +37,10 @@ class Args:
     sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, as on one GPU.
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
-    resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
+    resume: str | None = None  # A last.pt to continue; auto: the run's own, if there is one.
     log_every: int = 10  # Steps between two log points (0: an epoch); signals are heeded there too.
     knn_every: int = 10  # Epochs between two test accuracies, k-NN and classifier; 0: at the end.
-    checkpoint_minutes: float = 10.0  # Minutes between two checkpoints; one more at every stop.
-    # the method
+    checkpoint_every_minutes: float = 10.0  # Time between two checkpoints; one more at a stop.
     topk: int | None = None  # Neighbours k of each image.
     bank_size: int | None = None  # Rows of the memory bank.
     ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
@@ -70,6 +61,9 @@ DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
 RECIPES = dict(digits=DIGITS | dict(epochs=70), cifar10=CIFAR, cifar100=CIFAR, stl10=TINY,
                tinyimagenet=TINY, imagenet=IMAGENET, folder=IMAGENET)
 RECIPES = {k: v | dict(topk=10, bank_size=min(v["bank_size"], 128_000)) for k, v in RECIPES.items()}
+LIMITS = "flip weak_flip gray blur jitter crop_scale momentum ema lam confidence"
+LIMITS = dict.fromkeys(LIMITS.split(), 1) | dict(rotation=180, image_size=1024, num_workers=512,
+                                                 epochs=10**6, bank_size=2**24, lr=1e38)
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
@@ -78,22 +72,32 @@ def check(condition, message):
 def resolve(args):
     """(args completed from recipe or checkpoint, checkpoint or None); SystemExit if wrong."""
     check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
-    name = f"{Path(__file__).stem}-{args.dataset}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    checkpoint, base = None, dict(run_name=name) | RECIPES[args.dataset]
+    auto, name = args.resume == "auto", f"{Path(__file__).stem}-{args.dataset}-{args.seed}"
+    name = args.run_name or name + time.strftime("-%Y%m%d-%H%M%S") * (not auto)
+    state, base, own = None, dict(run_name=name) | RECIPES[args.dataset], f"runs/{name}/last.pt"
+    if auto: args = dataclasses.replace(args, resume=own if os.path.exists(own) else None)
     if args.resume:
         try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            base = vars(Args(**base | checkpoint["args"])) | dict(num_workers=args.num_workers)
+            state = torch.load(args.resume, map_location="cpu", weights_only=True)
+            assert state["args"].keys() == vars(args).keys(), "of another script, or version"
+            base = state["args"] | dict(num_workers=args.num_workers)
         except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
     given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            fits = not isinstance(x, (int, float)) or 0 <= x <= LIMITS.get(name, 2**31)
+            check(fits, f"--{name.replace('_', '-')} {x}: need 0 to {LIMITS.get(name, 2**31)}")
     name, size, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
     check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
     check(1 <= args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
-    check(name and name == os.path.basename(name).strip("."), "--run-name: must be a plain name")
+    fits = args.image_size >= 8 and args.crop_scale[0] <= args.crop_scale[1]
+    check(fits, "need --image-size of 8 or more, and the smaller --crop-scale first")
+    plain = name == os.path.basename(name).strip(".")[:200] > "" and name.isprintable()
+    check(plain, "--run-name: must be a plain name")
     own = not last.exists() or args.resume and last.samefile(args.resume)
     check(own, f"{last} exists: --resume it, or choose another --run-name")
-    return args, checkpoint
+    return args, state
 # ---- data ---------------------------------------------------------------------------------------
 class ImageData(torch.utils.data.Dataset):
     """A split on the device: labels int64 [N], -1 = unknown, and images uint8 [N, 3, H, W], or None
@@ -249,8 +253,7 @@ class MemoryBank(nn.Module):
     def __init__(self, size, dim):
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(size, dim))
-        self.register_buffer("labels", torch.full((size,), -1))
-        self.register_buffer("indices", torch.full((size,), -1))
+        for name in ("labels", "indices"): self.register_buffer(name, torch.full((size,), -1))
         self.pushed = 0  # rows ever pushed, kept on the host so that no step waits for the device
     def __len__(self): return min(self.pushed, len(self.labels))
     def enqueue(self, embeddings, labels, indices):
@@ -304,9 +307,9 @@ def same_label_neighbors(targets, labels, bank, bank_labels, k):
 def given_labels(spec, seed, train):
     """Labels int64 [N] of the training images that --labels picks, -1 for all others."""
     share, truth, files = spec.removesuffix("pct"), train.labels.cpu(), getattr(train, "files", ())
-    if share == spec or not share.isdecimal():
+    if spec not in {f"{number}pct" for number in range(1, 101)}:
         try: names = [x for x in map(str.strip, Path(spec).open(errors="replace")) if x] or [""]
-        except OSError as error: check(False, f"--labels: not 1pct to 100pct, nor a list: {error}")
+        except Exception as error: check(False, f"--labels: 1pct to 100pct, or a file: {error}")
         depth = 1 + min(name.count("/") for name in names)  # NAME, or CLASS/NAME
         rows = {"/".join(file.split(os.sep)[-depth:]): i for i, file in enumerate(files)}
         check(len(rows) == len(files), f"{spec}: some images share a name; list them as CLASS/NAME")
@@ -314,7 +317,6 @@ def given_labels(spec, seed, train):
         check(not lost, f"{spec}: {len(lost)} names are not in the data: {lost[:3]!s:.200}")
         chosen = torch.tensor([rows[name] for name in names])
     else:
-        check(0 < int(share) <= 100, f"--labels {spec}: not 1pct to 100pct, nor a list of files")
         order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))
         _, *rows = order[truth[order].argsort(stable=True)].split((truth + 1).bincount().tolist())
         chosen = torch.cat([x[: max(1, round(len(x) * int(share) / 100))] for x in rows])
@@ -355,10 +357,10 @@ class SemiCMSF(nn.Module):
         near = nearest_neighbors(targets[:8], rows, k)  # without the constraint; few, to be cheap
         knn, own = (self.truth[self.bank.indices[x]] for x in (near, neighbors))
         purity = label_purity(knn, truth[:8]), label_purity(own.where(valid, -1), truth)
-        metrics = dict(zip(("purity", "purity_constrained"), purity))
-        pseudo = free & (labels >= 0)
+        metrics = dict(zip(("purity", "purity_constrained"), purity), spread=targets.std(0).norm())
+        pseudo, count = free & (labels >= 0), free.sum().clamp(min=1)
         parts = dict(coverage=pseudo, known=pseudo & (truth >= 0), right=pseudo & (labels == truth))
-        metrics |= {name: part.sum() / free.sum().clamp(min=1) for name, part in parts.items()}
+        metrics |= {name: part.sum() / count for name, part in parts.items()}
         return mean_shift_loss(queries, rows[neighbors], valid), metrics
     def train_classifier(self):
         """Ten passes over the cached u of labelled images; the first process's result counts."""
@@ -375,23 +377,20 @@ class SemiCMSF(nn.Module):
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
 def embed(net, data, rows, args):
-    """Features [n, F] that net in eval mode gives to the test views of images rows [n] of data."""
-    mode, _ = net.training, net.eval()
-    batches = data.batches(rows.split(256))
+    """Unit rows [n, F]: what net, in eval mode, gives to test views of images rows [n] of data."""
+    batches, _ = data.batches(rows.split(256)), net.eval()
     features = torch.cat([net(augment(images, args.image_size)) for _, (images,), _ in batches])
-    net.train(mode)
-    return features
+    net.train()
+    return F.normalize(features, dim=1)
 
 def knn_accuracy(backbone, train, test, args):
     """20-NN accuracy in percent: at most 100,000 training images vote on the test images."""
     known = (train.labels >= 0).nonzero()[:, 0].cpu()
     known, every = known[:: math.ceil(len(known) / 100_000)], torch.arange(len(test.labels))
-    bank = F.normalize(embed(backbone, train, known, args), dim=1)
-    queries = F.normalize(embed(backbone, test, every, args), dim=1)
-    classes = F.one_hot(train.labels[known], len(train.classes))  # [bank, classes]
-    k = min(20, math.ceil(len(bank) / classes.shape[1]))  # fewer where few images have labels
-    votes = [classes[nearest_neighbors(q, bank, k)].sum(1) for q in queries.split(1024)]
-    return 100 * (torch.cat(votes).argmax(1) == test.labels).float().mean().item()
+    bank, queries = (embed(backbone, *x, args) for x in ((train, known), (test, every)))
+    k, labels = min(20, math.ceil(len(bank) / len(train.classes))), train.labels[known]
+    votes = [labels[nearest_neighbors(q, bank, k)].mode(1).values for q in queries.split(1024)]
+    return 100 * (torch.cat(votes) == test.labels).float().mean().item()
 
 def step_indices(n, args, start, rank, world):
     """The indices [b] of this process at every step from start on; each epoch has its own order."""
@@ -409,8 +408,7 @@ def main(args):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
     if cuda: torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+    if world > 1: dist.init_process_group("nccl" if cuda else "gloo")
     if local > 0: dist.barrier()  # until the first process of the node has downloaded
     train, test = (ImageData(args, split, device) for split in (True, False))
     if world > 1 and local == 0: dist.barrier()
@@ -446,9 +444,9 @@ def main(args):
         writer.add_text("config", repr(args))
         print(f"labelled, by class: {model.given.bincount(minlength=len(train.classes)).tolist()}")
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
-    signals, history, since, saved = [], [], time.time(), time.time()
-    signal.signal(signal.SIGTERM, lambda n, _: signals.append(n))  # schedulers may send it twice
-    signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
+    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
+    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun and schedulers may send them twice
+        signal.signal(number, lambda number, _: signals.append(number))
     rounds = (0,) if args.batch_size >= 1024 else (0, steps // 2)  # steps of an epoch
     batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
     for step, (indices, views, labels) in enumerate(batches, start + 1):
@@ -475,25 +473,27 @@ def main(args):
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             if model.classifier and "knn" in values:  # the modules of target are not compiled
                 u = embed(nn.Sequential(*model.target), test, torch.arange(len(test.labels)), args)
-                right = model.classifier(F.normalize(u, dim=1)).argmax(1) == test.labels
+                right = model.classifier(u).argmax(1) == test.labels
                 values["classifier"] = 100 * right.float().mean().item()
             for name, value in values.items(): writer.add_scalar(name, value, step)
+            if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
             left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
             line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {left} left, "
             line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
-            if done or time.time() - saved > 60 * args.checkpoint_minutes:
+            if done or time.time() - saved > 60 * args.checkpoint_every_minutes:
                 state = dict(step=step, pushed=model.bank.pushed, args=vars(args))
                 state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-                torch.save(state, last.with_suffix(".tmp"))
-                os.replace(last.with_suffix(".tmp"), last)  # whole or not at all
-                torch.save(model.online[0].state_dict(), last.with_name("backbone.pt"))
-                saved = time.time()
+                backbone, saved = model.online[0].state_dict(), time.time()
+                for path, content in (last, state), (last.with_name("backbone.pt"), backbone):
+                    with open(path.with_suffix(".tmp"), "wb") as file: torch.save(content, file)
+                    os.replace(file.name, path)  # whole or not at all
         if world > 1 and done: dist.barrier()  # until the checkpoint is complete
         check(step == end or not stopped, f"stopped at step {step}; continue with --resume {last}")
-        history, since = [], time.time()
+        history, since, spread = [], time.time(), values["spread"]
     if rank == 0: print(f"knn{line.split('knn')[1]}: python eval_linear.py --checkpoint {last}")
     return dict(knn=math.nan, classifier=math.nan, checkpoint=str(last)) | values
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try: main(tyro.cli(Args))
+    except OSError as error: check(False, f"{error}; the last checkpoint is as it was")

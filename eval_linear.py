@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
-# ///
 """Judge a checkpoint: k-NN and a linear probe on its backbone's frozen features, or fine-tuning.
 Features are the backbone's pooled output, in eval mode, under the view for testing.
     k-NN        the k training images with the nearest features vote: k = 1; k = 20, or images a
@@ -19,9 +15,8 @@ An accuracy is that of the last epoch. The images that --labels names vote and t
 """
 import dataclasses, datetime, functools, hashlib, json, math, os, pickle, re, types, typing
 from pathlib import Path
-import torch, tyro
-import torch.nn.functional as F
-from torch import distributed as dist, nn
+import torch, torch.distributed as dist, torch.nn.functional as F, tyro
+from torch import nn
 
 @dataclasses.dataclass
 class Args:
@@ -75,9 +70,13 @@ def complete(args):
     args.rank, args.world = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))
     usual = 20 if args.fine_tune else 100 if args.protocol == "raw" else 40
     args.epochs = usual if args.epochs is None else args.epochs
+    for name, x in vars(args).items():
+        most = dict(image_size=1024, num_workers=512, lr=1e38).get(name, 2**31)
+        fits = not isinstance(x, (int, float)) or 0 <= x <= most  # false for NaN
+        check(fits, f"--{name.replace('_', '-')} {x}: need 0 to {most}")
     check(args.epochs >= args.fine_tune, "--epochs: need 0 or more, 1 to fine-tune")
-    check(args.batch_size > 0 < args.image_size, "need --batch-size and --image-size of 1 or more")
-    check(args.lr is None or 0 < args.lr < math.inf, f"--lr {args.lr}: must be above 0")
+    check(args.batch_size and args.image_size, "need --batch-size and --image-size of 1 or more")
+    check(args.lr is None or args.lr > 0, f"--lr {args.lr}: must be above 0")
     check(not args.fine_tune or args.baseline != "raw", "pixels have no weights to --fine-tune")
     return args, weights, step
 # ---- the checkpoint -----------------------------------------------------------------------------
@@ -208,9 +207,9 @@ class ImageData(torch.utils.data.Dataset):
 def given_labels(spec, seed, train):
     """Labels int64 [N] of the training images that --labels picks, -1 for all others."""
     share, truth, files = spec.removesuffix("pct"), train.labels.cpu(), getattr(train, "files", ())
-    if share == spec or not share.isdecimal():
+    if spec not in {f"{number}pct" for number in range(1, 101)}:
         try: names = [x for x in map(str.strip, Path(spec).open(errors="replace")) if x] or [""]
-        except OSError as error: check(False, f"--labels: not 1pct to 100pct, nor a list: {error}")
+        except Exception as error: check(False, f"--labels: 1pct to 100pct, or a file: {error}")
         depth = 1 + min(name.count("/") for name in names)  # NAME, or CLASS/NAME
         rows = {"/".join(file.split(os.sep)[-depth:]): i for i, file in enumerate(files)}
         check(len(rows) == len(files), f"{spec}: some images share a name; list them as CLASS/NAME")
@@ -218,7 +217,6 @@ def given_labels(spec, seed, train):
         check(not lost, f"{spec}: {len(lost)} names are not in the data: {lost[:3]!s:.200}")
         chosen = torch.tensor([rows[name] for name in names])
     else:
-        check(0 < int(share) <= 100, f"--labels {spec}: not 1pct to 100pct, nor a list of files")
         order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))
         _, *rows = order[truth[order].argsort(stable=True)].split((truth + 1).bincount().tolist())
         chosen = torch.cat([x[: max(1, round(len(x) * int(share) / 100))] for x in rows])
@@ -440,8 +438,7 @@ def main(args):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
     if cuda: torch.cuda.set_device(device)
-    if args.world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+    if args.world > 1: dist.init_process_group("nccl" if cuda else "gloo")
     if local > 0: dist.barrier()  # until the first process of the node has downloaded
     train, test = (ImageData(args, split, device) for split in (True, False))
     if args.world > 1 and local == 0: dist.barrier()

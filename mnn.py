@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
-# ///
 """MNN: Mixed Nearest-Neighbors for Self-Supervised Learning (Long, Peng, Li, arXiv 2311.00562).
 f: online encoder, h: predictor, g: target encoder, an average of f, M: memory bank of past u.
     q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M after the search
@@ -14,14 +10,12 @@ f: online encoder, h: predictor, g: target encoder, an average of f, M: memory b
 """
 import copy, dataclasses, datetime, functools, math, os, random, signal, time, typing
 from pathlib import Path
-import torch, tyro
-import torch.nn.functional as F
-from torch import distributed as dist, nn
+import torch, torch.distributed as dist, torch.nn.functional as F, tyro
+from torch import nn
 
 @dataclasses.dataclass
 class Args:
     """Train with mixed nearest neighbours. None stands for the value in the data set's recipe."""
-    # the data set, and the views of its images
     dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
     data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
     num_workers: int = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # Readers of images.
@@ -33,7 +27,6 @@ class Args:
     jitter: tuple[float, float, float, float] | None = None  # Strong view's colour jitter (p 0.8).
     gray: float | None = None  # Probability that the strong view is gray.
     blur: float | None = None  # Probability that the strong view is blurred (sigma 0.1 to 2 px).
-    # the network and its training
     arch: typing.Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
     stem: typing.Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # Input.
     epochs: int | None = None  # Passes over the training images.
@@ -47,11 +40,10 @@ class Args:
     sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, unless it is split.
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
-    resume: str | None = None  # A last.pt to continue, with its arguments but for those given.
+    resume: str | None = None  # A last.pt to continue; auto: the run's own, if there is one.
     log_every: int = 10  # Steps between two log points (0: an epoch); signals are heeded there too.
     knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images; 0: at the end.
-    checkpoint_minutes: float = 10.0  # Minutes between two checkpoints; one more at every stop.
-    # the method
+    checkpoint_every_minutes: float = 10.0  # Time between two checkpoints; one more at a stop.
     topk: int | None = None  # Neighbours k of each image.
     bank_size: int | None = None  # Rows of the memory bank.
     ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
@@ -75,10 +67,14 @@ DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
 SMALL = dict(hidden=2048, weak_flip=0.9, bn_splits=8)  # the rest of it is in CIFAR and TINY
 LARGE = IMAGENET | dict(hidden=2048, bn_splits=1)  # ours: MSF's recipe with MNN's heads
-FEW = dict(hidden=1024, epochs=40, batch_size=32, lr=0.04, topk=20, bn_splits=1)
+FEW = dict(hidden=1024, epochs=36, batch_size=32, topk=20, bn_splits=1, warmup_epochs=2,
+           weight_decay=2e-3)  # more decay makes up for a few steps
 RECIPES = dict(digits=DIGITS | FEW, cifar10=CIFAR | SMALL, cifar100=CIFAR | SMALL,
                stl10=TINY | SMALL, tinyimagenet=TINY | SMALL, imagenet=LARGE,
                folder=LARGE | dict(bank_size=128_000))
+LIMITS = "flip weak_flip gray blur jitter crop_scale momentum ema lam confidence"
+LIMITS = dict.fromkeys(LIMITS.split(), 1) | dict(rotation=180, image_size=1024, num_workers=512,
+                                                 epochs=10**6, bank_size=2**24, lr=1e38)
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
@@ -87,22 +83,32 @@ def check(condition, message):
 def resolve(args):
     """(args completed from recipe or checkpoint, checkpoint or None); SystemExit if wrong."""
     check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
-    name = f"{Path(__file__).stem}-{args.dataset}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    checkpoint, base = None, dict(run_name=name) | RECIPES[args.dataset]
+    auto, name = args.resume == "auto", f"{Path(__file__).stem}-{args.dataset}-{args.seed}"
+    name = args.run_name or name + time.strftime("-%Y%m%d-%H%M%S") * (not auto)
+    state, base, own = None, dict(run_name=name) | RECIPES[args.dataset], f"runs/{name}/last.pt"
+    if auto: args = dataclasses.replace(args, resume=own if os.path.exists(own) else None)
     if args.resume:
         try:
-            checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-            base = vars(Args(**base | checkpoint["args"])) | dict(num_workers=args.num_workers)
+            state = torch.load(args.resume, map_location="cpu", weights_only=True)
+            assert state["args"].keys() == vars(args).keys(), "of another script, or version"
+            base = state["args"] | dict(num_workers=args.num_workers)
         except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
     given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, tuple) else (value,):
+            fits = not isinstance(x, (int, float)) or 0 <= x <= LIMITS.get(name, 2**31)
+            check(fits, f"--{name.replace('_', '-')} {x}: need 0 to {LIMITS.get(name, 2**31)}")
     name, size, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
     check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
     check(1 <= args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
-    check(name and name == os.path.basename(name).strip("."), "--run-name: must be a plain name")
+    fits = args.image_size >= 8 and args.crop_scale[0] <= args.crop_scale[1]
+    check(fits, "need --image-size of 8 or more, and the smaller --crop-scale first")
+    plain = name == os.path.basename(name).strip(".")[:200] > "" and name.isprintable()
+    check(plain, "--run-name: must be a plain name")
     own = not last.exists() or args.resume and last.samefile(args.resume)
     check(own, f"{last} exists: --resume it, or choose another --run-name")
-    return args, checkpoint
+    return args, state
 # ---- data ---------------------------------------------------------------------------------------
 class ImageData(torch.utils.data.Dataset):
     """A split on the device: labels int64 [N], -1 = unknown, and images uint8 [N, 3, H, W], or None
@@ -269,8 +275,7 @@ class MemoryBank(nn.Module):
     def __init__(self, size, dim):
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(size, dim))
-        self.register_buffer("labels", torch.full((size,), -1))
-        self.register_buffer("indices", torch.full((size,), -1))
+        for name in ("labels", "indices"): self.register_buffer(name, torch.full((size,), -1))
         self.pushed = 0  # rows ever pushed, kept on the host so that no step waits for the device
     def __len__(self): return min(self.pushed, len(self.labels))
     def enqueue(self, embeddings, labels, indices):
@@ -368,30 +373,27 @@ class MNN(nn.Module):
             if args.objective == "mnn": loss = mnn_loss(q, u, mixed, args.weighting)
             else: loss = sum(info_nce(q, every, x, own) for x in positives)
             purity = label_purity(self.bank.labels[nearest], labels)
-            results.append(torch.stack([loss, purity, loss.new_full((), lam)]))
+            results.append(torch.stack([loss, purity, every.std(0).norm(), loss.new_full((), lam)]))
         self.bank.enqueue(targets[0], gather(labels), ids)
-        loss, purity, lam = torch.stack(results).mean(0)
-        return loss, dict(purity=purity.detach(), lam=lam.detach())
+        loss, *metrics = torch.stack(results).mean(0)
+        return loss, {name: x.detach() for name, x in zip(("purity", "spread", "lam"), metrics)}
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
 def embed(net, data, rows, args):
-    """Features [n, F] that net in eval mode gives to the test views of images rows [n] of data."""
-    mode, _ = net.training, net.eval()
-    batches = data.batches(rows.split(256))
+    """Unit rows [n, F]: what net, in eval mode, gives to test views of images rows [n] of data."""
+    batches, _ = data.batches(rows.split(256)), net.eval()
     features = torch.cat([net(augment(images, args.image_size)) for _, (images,), _ in batches])
-    net.train(mode)
-    return features
+    net.train()
+    return F.normalize(features, dim=1)
 
 def knn_accuracy(backbone, train, test, args):
     """20-NN accuracy in percent: at most 100,000 training images vote on the test images."""
     known = (train.labels >= 0).nonzero()[:, 0].cpu()
     known, every = known[:: math.ceil(len(known) / 100_000)], torch.arange(len(test.labels))
-    bank = F.normalize(embed(backbone, train, known, args), dim=1)
-    queries = F.normalize(embed(backbone, test, every, args), dim=1)
-    classes = F.one_hot(train.labels[known], len(train.classes))  # [bank, classes]
-    k = min(20, math.ceil(len(bank) / classes.shape[1]))  # fewer where few images have labels
-    votes = [classes[nearest_neighbors(q, bank, k)].sum(1) for q in queries.split(1024)]
-    return 100 * (torch.cat(votes).argmax(1) == test.labels).float().mean().item()
+    bank, queries = (embed(backbone, *x, args) for x in ((train, known), (test, every)))
+    k, labels = min(20, math.ceil(len(bank) / len(train.classes))), train.labels[known]
+    votes = [labels[nearest_neighbors(q, bank, k)].mode(1).values for q in queries.split(1024)]
+    return 100 * (torch.cat(votes) == test.labels).float().mean().item()
 
 def step_indices(n, args, start, rank, world):
     """The indices [b] of this process at every step from start on; each epoch has its own order."""
@@ -404,7 +406,6 @@ def step_indices(n, args, start, rank, world):
 def main(args):
     """Train; returns the last mean "loss", the 20-NN accuracy "knn" (percent) and "checkpoint"."""
     args, checkpoint = resolve(args)
-    check(args.lam == "random" or 0 <= args.lam <= 1, f"--lam {args.lam}: random, or 0 to 1")
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     parts, batch = args.bn_splits, args.batch_size
@@ -413,8 +414,7 @@ def main(args):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
     if cuda: torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+    if world > 1: dist.init_process_group("nccl" if cuda else "gloo")
     if local > 0: dist.barrier()  # until the first process of the node has downloaded
     train, test = (ImageData(args, split, device) for split in (True, False))
     if world > 1 and local == 0: dist.barrier()
@@ -427,7 +427,7 @@ def main(args):
     start, steps = 0, n // args.batch_size  # steps of an epoch
     if checkpoint:
         try: model.load_state_dict(checkpoint["model"])
-        except RuntimeError: check(False, f"{args.resume} fits another script, data, --arch, ...")
+        except RuntimeError: check(False, f"{args.resume} fits other data, --arch, --stem, ...")
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
     optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.weight_decay)
@@ -451,9 +451,9 @@ def main(args):
         writer = SummaryWriter(last.parent, purge_step=start + 1)
         writer.add_text("config", repr(args))
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
-    signals, history, since, saved = [], [], time.time(), time.time()
-    signal.signal(signal.SIGTERM, lambda n, _: signals.append(n))  # schedulers may send it twice
-    signal.signal(signal.SIGINT, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
+    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
+    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun and schedulers may send them twice
+        signal.signal(number, lambda number, _: signals.append(number))
     batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
     for step, (indices, views, labels) in enumerate(batches, start + 1):
         torch.manual_seed(hash((args.seed, step, rank)))
@@ -476,22 +476,24 @@ def main(args):
             if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             for name, value in values.items(): writer.add_scalar(name, value, step)
+            if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
             left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
             line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {left} left, "
             line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
-            if done or time.time() - saved > 60 * args.checkpoint_minutes:
+            if done or time.time() - saved > 60 * args.checkpoint_every_minutes:
                 state = dict(step=step, pushed=model.bank.pushed, args=vars(args))
                 state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-                torch.save(state, last.with_suffix(".tmp"))
-                os.replace(last.with_suffix(".tmp"), last)  # whole or not at all
-                torch.save(model.online[0].state_dict(), last.with_name("backbone.pt"))
-                saved = time.time()
+                backbone, saved = model.online[0].state_dict(), time.time()
+                for path, content in (last, state), (last.with_name("backbone.pt"), backbone):
+                    with open(path.with_suffix(".tmp"), "wb") as file: torch.save(content, file)
+                    os.replace(file.name, path)  # whole or not at all
         if world > 1 and done: dist.barrier()  # until the checkpoint is complete
         check(step == end or not stopped, f"stopped at step {step}; continue with --resume {last}")
-        history, since = [], time.time()
+        history, since, spread = [], time.time(), values["spread"]
     if rank == 0: print(f"20-NN {values['knn']:.2f}%: python eval_linear.py --checkpoint {last}")
     return dict(knn=math.nan, checkpoint=str(last)) | values
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try: main(tyro.cli(Args))
+    except OSError as error: check(False, f"{error}; the last checkpoint is as it was")

@@ -113,7 +113,7 @@ def test_a_list_names_the_class_where_file_names_repeat():
 
 @pytest.mark.parametrize("labels", ["0pct", "101pct", "tenpct", "-5pct", "x" * 999, "", "pct", "/"])
 def test_impossible_labels_are_one_line(labels):
-    with pytest.raises(SystemExit, match=r"^error: --labels[^\n]* not 1pct to 100pct, nor a list[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: --labels[^\n]* 1pct to 100pct, or a file[^\n]*$"):
         cmsf_semi.main(cmsf_semi.Args(labels=labels))
     assert not Path("runs").exists()
 
