@@ -341,7 +341,7 @@ class MNN(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.args, self.bank = args, MemoryBank(args.bank_size, 128)
     def shuffled_targets(self, views):
-        """g of the views of all processes, [B, D] each; shuffled, so that BatchNorm tells nothing."""
+        """g of the views of all processes, [B, D] each; shuffled: BatchNorm must tell nothing."""
         if not hasattr(self.target[1][1], "size"): return [gather(self.target(x)) for x in views]
         generator = torch.Generator(views[0].device).manual_seed(self.args.seed + self.bank.pushed)
         images, rank = map(gather, views), dist.get_rank() if dist.is_initialized() else 0
