@@ -8,7 +8,7 @@ candidates C(i), which may be far. Where i has no u' or cluster yet (first epoch
     $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset cifar10                      8 GPUs
     $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset imagenet --data-dir /data/imagenet
 """
-import copy, dataclasses, datetime, functools, math, os, signal, time, typing
+import copy, dataclasses, functools, math, os, signal, time, typing
 from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F, tyro
 from torch import nn
@@ -289,7 +289,8 @@ def nearest_neighbors(targets, bank, k, mask=None):
 def mean_shift_loss(queries, neighbors, valid=None):
     """Mean, over images with valid neighbours, of the mean over these of ||q - M_j||^2 = 2 - 2 cos.
     queries [B, D], neighbors [B, k, D], valid bool [B, k] (None: all of them) -> scalar."""
-    distances = 2 - 2 * F.cosine_similarity(queries[:, None], neighbors, dim=2)  # [B, k]
+    queries, neighbors = F.normalize(queries, dim=1), F.normalize(neighbors, dim=2)
+    distances = 2 - 2 * torch.einsum("bd,bkd->bk", queries, neighbors)
     valid = torch.ones_like(distances) if valid is None else valid
     count = valid.sum(1)
     return ((distances * valid).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
@@ -430,8 +431,7 @@ def main(args):
     for net in model.online, model.target, model.predictor:
         if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
         if args.compile: net.compile()
-    if world > 1: network = nn.parallel.DistributedDataParallel(model)
-    network.broadcast_buffers = False  # every process computes the same bank
+    if world > 1: network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     scale = None if train.images is None else args.crop_scale  # files come cropped
     weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
@@ -475,8 +475,8 @@ def main(args):
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             for name, value in values.items(): writer.add_scalar(name, value, step)
             if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
-            left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
-            line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {left} left, "
+            left = (end - step) * args.batch_size / speed / 60
+            line = f"epoch {step / steps:.1f}/{args.epochs} step {step}, {left:.1f} min left, "
             line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
             if done or time.time() - saved > 60 * args.checkpoint_every_minutes:

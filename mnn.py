@@ -8,7 +8,7 @@ f: online encoder, h: predictor, g: target encoder, an average of f, M: memory b
     $ python mnn.py                                       digits, on the CPU or on one GPU
     $ torchrun --nproc_per_node=8 mnn.py --dataset cifar10                           8 GPUs
 """
-import copy, dataclasses, datetime, functools, math, os, random, signal, time, typing
+import copy, dataclasses, functools, math, os, random, signal, time, typing
 from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F, tyro
 from torch import nn
@@ -439,8 +439,7 @@ def main(args):
     for norm in model.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and parts % world == 0:
             norm.__class__, norm.size = SplitBatchNorm, batch // parts
-    if world > 1: network = nn.parallel.DistributedDataParallel(model)
-    network.broadcast_buffers = False  # every process computes the same bank
+    if world > 1: network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     scale = None if train.images is None else args.crop_scale  # files come cropped
     weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
@@ -477,8 +476,8 @@ def main(args):
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             for name, value in values.items(): writer.add_scalar(name, value, step)
             if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
-            left = datetime.timedelta(seconds=round((end - step) * args.batch_size / speed))
-            line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {left} left, "
+            left = (end - step) * args.batch_size / speed / 60
+            line = f"epoch {step / steps:.1f}/{args.epochs} step {step}, {left:.1f} min left, "
             line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
             if done or time.time() - saved > 60 * args.checkpoint_every_minutes:
