@@ -51,7 +51,7 @@ class Args:
     dataset: str = "digits"  # digits, or folder: small images in train/CLASS/*.png, val/CLASS/*.png.
     data_dir: str = "data"  # Where the folder lies.
     seeds: int = 5  # Seeds 0, 1, ... of each method.
-    epochs: int | None = None  # Epochs of training of every method; None: digits 60, folder 200.
+    epochs: int | None = None  # Epochs of training of every method; None: digits 40, folder 200.
     jobs: int = 1  # Runs at a time, which share the cores of the CPU.
 
 
@@ -79,7 +79,7 @@ def train_and_judge(method, seed, args):
     if known.exists():
         return json.loads(known.read_text())
     heads = ["--hidden", "1024"] if script == "mnn" else []  # as wide as the other methods' on these networks
-    epochs = args.epochs or (200 if small else 60)
+    epochs = args.epochs or (200 if small else 40)
     command = [f"{script}.py", *words, *heads, *data, *(small or DIGITS.split()), "--epochs", str(epochs)]
     output, seconds = call([*command, "--run-name", name, "--resume", "auto", "--knn-every", "0"], args)
     call(["eval_linear.py", "--checkpoint", f"runs/{name}/last.pt", "--data-dir", args.data_dir], args)

@@ -185,16 +185,17 @@ def test_a_step_equals_the_paper(constraint):
 
 @pytest.mark.parametrize("constraint", ["previous-epoch", "kmeans"])
 def test_the_first_epoch_is_plain_msf(constraint):
-    plain = msf.main(msf.Args(run_name="plain", epochs=1))
-    ours = cmsf_ssl.main(cmsf_ssl.Args(run_name="ours", epochs=1, constraint=constraint))
-    assert plain["loss"] == ours["loss"] and plain["purity"] == ours["purity"] == ours["purity_constrained"]
-    assert plain["knn"] == ours["knn"]
+    """But for rounding, as the gradient comes in two halves: after four steps, all is still the same."""
+    few = dict(epochs=1, batch_size=359)
+    plain = msf.main(msf.Args(run_name="plain", **few))
+    ours = cmsf_ssl.main(cmsf_ssl.Args(run_name="ours", **few, constraint=constraint))
+    assert plain["purity"] == ours["purity"] == ours["purity_constrained"]
+    assert plain["loss"] == pytest.approx(ours["loss"], abs=1e-5) and plain["knn"] == ours["knn"]
     plain, ours = load("plain")["model"], load("ours")["model"]
+    ours["bank.embeddings"], others = ours["bank.embeddings"].chunk(2, dim=1)
     for name, value in plain.items():
-        if name != "bank.embeddings":
-            assert torch.equal(value, ours[name]), name
-    assert torch.equal(plain["bank.embeddings"], ours["bank.embeddings"].chunk(2, dim=1)[0])
-    assert not ours["bank.embeddings"].chunk(2, dim=1)[1].any()
+        torch.testing.assert_close(value, ours[name], atol=1e-4, rtol=1e-4, msg=name)
+    assert not others.any()
 
 
 @pytest.mark.parametrize("half", [False, True])
