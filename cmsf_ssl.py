@@ -207,12 +207,9 @@ def adjust(images, operation, amount):
     return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
 
 def gaussian_blur(images, sigma):
-    """Blur [n, 3, S, S] by sigma [n, 1] pixels, edges mirrored; the kernel spans a tenth of S."""
-    size, radius = images.shape[-1], max(1, images.shape[-1] // 20)
-    taps = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.softmax(-((taps / sigma) ** 2) / 2, dim=1)  # [n, taps]
-    eye = F.pad(torch.eye(size, device=images.device)[None], (radius, radius), mode="reflect")[0]
-    weights = torch.einsum("nt,jit->nij", kernel, eye.unfold(1, len(taps), 1))[:, None]
+    """Blur [n, 3, S, S] by sigma [n, 1, 1, 1] pixels, at an edge by the pixels inside."""
+    pixels = torch.arange(images.shape[-1], device=images.device)
+    weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # [n, 1, S, S]
     return weights @ images @ weights.mT
 
 def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
@@ -232,7 +229,7 @@ def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), g
     if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
     if blur:
         sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
-        images = gaussian_blur(images, sigma.view(n, 1))
+        images = gaussian_blur(images, sigma)
     rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
     return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
 # ---- model --------------------------------------------------------------------------------------
