@@ -60,9 +60,10 @@ DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
 RECIPES = dict(digits=DIGITS, cifar10=CIFAR, cifar100=CIFAR, stl10=TINY, tinyimagenet=TINY,
                imagenet=IMAGENET, folder=IMAGENET | dict(bank_size=128_000))
-LIMITS = "flip weak_flip gray blur jitter crop_scale momentum ema lam confidence"
-LIMITS = dict.fromkeys(LIMITS.split(), 1) | dict(rotation=180, image_size=1024, num_workers=512,
-                                                 epochs=10**6, bank_size=2**24, lr=1e38)
+SHARES = "flip weak_flip gray blur jitter crop_scale momentum ema lam confidence".split()
+LIMITS = dict.fromkeys(SHARES, (0, 1)) | dict(  # the least and the most; else from 0 to 2^31
+    rotation=(0, 180), image_size=(8, 1024), num_workers=(0, 512), epochs=(1, 10**6), lr=(0, 1e38),
+    topk=(1, 2**16), bank_size=(1, 2**24), hidden=(1, 2**16), num_clusters=(1, 2**24))
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
@@ -85,13 +86,13 @@ def resolve(args):
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
-            fits = not isinstance(x, (int, float)) or 0 <= x <= LIMITS.get(name, 2**31)
-            check(fits, f"--{name.replace('_', '-')} {x}: need 0 to {LIMITS.get(name, 2**31)}")
+            least, most = LIMITS.get(name, (0, 2**31))
+            fits = not isinstance(x, (int, float)) or least <= x <= most  # false for NaN
+            check(fits, f"--{name.replace('_', '-')} {x}: need {least} to {most}")
     name, size, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
     check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
-    check(1 <= args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
-    fits = args.image_size >= 8 and args.crop_scale[0] <= args.crop_scale[1]
-    check(fits, "need --image-size of 8 or more, and the smaller --crop-scale first")
+    check(args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
+    check(args.crop_scale[0] <= args.crop_scale[1], "need the smaller --crop-scale first")
     plain = name == os.path.basename(name).strip(".")[:200] > "" and name.isprintable()
     check(plain, "--run-name: must be a plain name")
     own = not last.exists() or args.resume and last.samefile(args.resume)
@@ -352,7 +353,10 @@ def main(args):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
     if cuda: torch.cuda.set_device(device)
-    if world > 1: dist.init_process_group("nccl" if cuda else "gloo")
+    if world > 1:  # torchrun keeps its store when it restarts (pytorch #135712): take new keys
+        keys, again = next(dist.rendezvous("env://"))[0], os.getenv("TORCHELASTIC_RESTART_COUNT")
+        if os.getenv("GROUP_WORLD_SIZE") == "1": keys = dist.PrefixStore(again, keys)
+        dist.init_process_group("nccl" if cuda else "gloo", store=keys, rank=rank, world_size=world)
     if local > 0: dist.barrier()  # until the first process of the node has downloaded
     train, test = (ImageData(args, split, device) for split in (True, False))
     if world > 1 and local == 0: dist.barrier()
@@ -374,7 +378,8 @@ def main(args):
     for net in model.online, model.target, model.predictor:
         if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
         if args.compile: net.compile()
-    if world > 1: network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if world > 1: network = nn.parallel.DistributedDataParallel(model)
+    network.broadcast_buffers = False  # every process computes the same bank
     scale = None if train.images is None else args.crop_scale  # files come cropped
     weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
@@ -410,9 +415,8 @@ def main(args):
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             for name, value in values.items(): writer.add_scalar(name, value, step)
             if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
-            left = (end - step) * args.batch_size / speed / 60
-            line = f"epoch {step / steps:.1f}/{args.epochs} step {step}, {left:.1f} min left, "
-            line += ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {line}"
             print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
             if done or time.time() - saved > 60 * args.checkpoint_every_minutes:
                 state = dict(step=step, pushed=model.bank.pushed, args=vars(args))

@@ -159,10 +159,7 @@ def test_a_step_equals_the_paper():
         assert loss.item() == pytest.approx(slow_loss(queries, bank[padded], valid), abs=1e-5)
         pairs = [(truth[i], truth[rows[j][2]]) for i, row in zip(indices, found) for j in row]
         purity = sum(bool(a == b) for a, b in pairs) / len(pairs)
-        assert metrics["purity_constrained"].item() == pytest.approx(purity)
-        plain = slow_neighbors(targets, bank, 4)
-        pairs = [(truth[i], truth[rows[j][2]]) for i, row in zip(indices, plain) for j in row]
-        assert metrics["purity"].item() == pytest.approx(sum(bool(a == b) for a, b in pairs) / 32)
+        assert metrics["purity"].item() == pytest.approx(purity)
         free = [i for i, index in enumerate(indices.tolist()) if given[index] < 0]
         sure = [i for i in free if labels[i] >= 0]
         right = [i for i in sure if labels[i] == truth[indices[i]]]
@@ -304,9 +301,9 @@ def test_large_batches_have_a_round_at_the_end_of_an_epoch_only(monkeypatch):
 
 def test_all_labels_build_no_classifier_and_give_purity_one():
     result = cmsf_semi.main(cmsf_semi.Args(run_name="a", epochs=2, labels="100pct", log_every=1))
-    assert result["purity_constrained"] == 1 and not any("classifier" in name for name in load("a")["model"])
+    assert result["purity"] == 1 and not any("classifier" in name for name in load("a")["model"])
     events = EventAccumulator("runs/a").Reload()
-    assert all(event.value == 1 for event in events.Scalars("purity_constrained"))
+    assert all(event.value == 1 for event in events.Scalars("purity"))
 
 
 def small_model_of(run):
@@ -331,7 +328,7 @@ def test_a_run_returns_and_logs_what_it_promises(labels, capsys):
     sizes = [int(size) for size in counts[1].split(",")]
     assert len(sizes) == 10 and sum(sizes) == (10 if labels == "1pct" else 142)
     events = EventAccumulator("runs/a").Reload()
-    tags = {"purity", "purity_constrained", "coverage", "pseudo_accuracy", "classifier", "knn", "loss"}
+    tags = {"purity", "coverage", "pseudo_accuracy", "classifier", "knn", "loss"}
     assert tags <= set(events.Tags()["scalars"])
     for tag in tags - {"classifier", "knn"}:
         values = [event.value for event in events.Scalars(tag)]

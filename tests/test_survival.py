@@ -52,13 +52,13 @@ def as_main(script, words, folder, log):
 
 
 class Run:
-    """A script in a process of its own; with processes=2, torchrun and two more."""
+    """A script in a process of its own; with processes=2, torchrun and two more, restarted so many times."""
 
-    def __init__(self, script, *words, processes=0):
+    def __init__(self, script, *words, processes=0, restarts=0):
         self.log = Path(f"log-{time.time_ns()}").absolute()
         self.log.touch()
         if processes:
-            launcher = ["-m", "torch.distributed.run", "--standalone"]
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
             command = [sys.executable, *launcher, f"--nproc_per_node={processes}", str(ROOT / script), *words]
             environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
             with self.log.open("w") as file:
@@ -142,15 +142,24 @@ def test_auto_starts_anew_where_there_is_no_checkpoint_and_goes_on_where_there_i
         msf.main(msf.Args(resume="auto", epochs=2))
 
 
-def test_no_process_hangs_when_another_dies():
-    run = Run("mnn.py", "--epochs", "500", "--run-name", "a", *OFTEN, processes=2)
-    run.wait_for(" step 3 ")
-    workers = run.workers()
-    os.kill(workers[1], signal.SIGKILL)
-    code, output = run.end(60)
-    assert code != 0 and re.search(rf"exitcode.*-9.*pid: {workers[1]}", output), output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert load("a")["step"] >= 3
+def train_whole(rank, world, folder):
+    """What nobody disturbs, on two processes."""
+    as_torchrun(rank, world, 29542)
+    msf.main(msf.Args(run_name="whole", epochs=1, knn_every=0))
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed(one_and_two):
+    """The other process does not wait for the dead one for ever, and the end is that of a whole run."""
+    one_and_two(train_whole, alone=False)
+    words = ["--run-name", "a", "--resume", "auto", "--epochs", "1", "--knn-every", "0", *OFTEN]
+    run = Run("msf.py", *words, processes=2, restarts=2)
+    run.wait_for(" step 5 ")
+    killed = run.workers()[0]  # the one that writes the checkpoints
+    os.kill(killed, signal.SIGKILL)
+    code, output = run.end()
+    assert code == 0 and re.search(rf"exitcode.*-9.*pid: {killed}", output), output
+    assert len(re.findall("2 x cpu, 1437 images, steps (?!22)", output)) == 2
+    assert_same_state(load("whole"), load("a"))
 
 
 # ---- stopped ------------------------------------------------------------------------------------
