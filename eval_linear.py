@@ -60,9 +60,14 @@ def complete(args):
     weights, run, step = read_weights(args.checkpoint) if args.checkpoint else ({}, {}, 0)
     name, known = args.dataset or run.get("dataset", args.baseline and "digits"), ", ".join(RECIPES)
     check(name is not None, f"{args.checkpoint} does not name its data: give --dataset, of {known}")
-    check(name in RECIPES, f"unknown --dataset {name}: one of {known}")
+    check(str(name) in RECIPES, f"unknown --dataset {name}: one of {known}")
     stored = RECIPES[name] if run.get("dataset") == name else ("arch", "stem")  # else its net
     stored = {key: run[key] for key in stored if key in run}
+    for key, value in stored.items():
+        usual = RECIPES[name][key]  # of the same type, and, if there are choices, one of them
+        fits = isinstance(value, (int, float) if isinstance(usual, int | float) else type(usual))
+        fits &= key not in ("arch", "stem") or repr(value) in str(Args.__annotations__[key])
+        check(fits, f"{args.checkpoint} holds {key} = {value!r:.50}: is it damaged?")
     given = {key: value for key, value in vars(args).items() if value is not None}
     args = types.SimpleNamespace(**vars(args) | RECIPES[name] | stored | given | dict(dataset=name))
     raw = name != "digits" and args.image_size < 96  # digits are too few for lr 30
