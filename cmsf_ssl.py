@@ -495,4 +495,4 @@ def main(args):
 
 if __name__ == "__main__":
     try: main(tyro.cli(Args))
-    except OSError as error: check(False, f"{error}; the last checkpoint, if there is one, is whole")
+    except OSError as error: check(False, f"{error}; the last checkpoint, if any, is whole")

@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint():
     disk_full()
     code, output = run.end()
     assert code == 1 and "Traceback" not in output
-    assert re.search(r"^error: .*No space left.*; the last checkpoint, if there is one, is whole$", output, re.M)
+    assert re.search(r"^error: .*No space left.*; the last checkpoint, if any, is whole$", output, re.M)
     assert load("a")["step"] >= 10
 
 
@@ -234,7 +234,7 @@ def test_a_run_folder_that_is_removed_ends_the_run_with_one_line():
     code, output = run.end(60)
     assert code == 1
     last = output.strip().splitlines()[-1]
-    assert re.fullmatch("error: .*runs/a.*; the last checkpoint, if there is one, is whole", last), output
+    assert re.fullmatch("error: .*runs/a.*; the last checkpoint, if any, is whole", last), output
     print(output)
 
 
