@@ -6,7 +6,7 @@
     $ python cmsf_semi.py --labels 10pct                  digits, on the CPU or on one GPU
     $ torchrun --nproc_per_node=8 cmsf_semi.py --labels 10pct --dataset imagenet --data-dir DIR
 """
-import copy, dataclasses, functools, math, os, signal, time, typing
+import copy, dataclasses, functools, math, os, re, signal, time, typing
 from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F, tyro
 from torch import nn
@@ -34,7 +34,6 @@ class Args:
     weight_decay: float | None = None  # Weight decay of SGD, on every weight.
     seed: int = 0  # Seed of the weights, of the order of the images and of their views.
     amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
-    sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, as on one GPU.
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue; auto: the run's own, if there is one.
@@ -94,8 +93,7 @@ def resolve(args):
     check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
     check(args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
     check(args.crop_scale[0] <= args.crop_scale[1], "need the smaller --crop-scale first")
-    plain = name == os.path.basename(name).strip(".")[:200] > "" and name.isprintable()
-    check(plain, "--run-name: must be a plain name")
+    check(re.fullmatch(r"\w[\w.,=+-]{,99}", name), "--run-name: letters, digits, _ . , = + - only")
     own = not last.exists() or args.resume and last.samefile(args.resume)
     check(own, f"{last} exists: --resume it, or choose another --run-name")
     return args, state
@@ -346,6 +344,7 @@ class SemiCMSF(nn.Module):
                 targets = F.normalize(self.target(weak).float(), dim=1)  # u, [b, D]
         if self.classifier:
             probability, predicted = self.classifier(targets).softmax(1).max(1)
+            self.latest = probability * free  # 0: has a label
             sure = free & (probability >= args.confidence)  # from the first round of training on
             labels = predicted.where(sure & (self.classifier[1].num_batches_tracked > 0), labels)
         pushed, images, k = gather(targets), gather(indices), args.topk
@@ -353,12 +352,14 @@ class SemiCMSF(nn.Module):
         if self.classifier: self.cache[self.slots[images]] = pushed * (self.slots[images, None] > 0)
         rows, bank_labels = (x[: len(self.bank)] for x in (self.bank.embeddings, self.bank.labels))
         neighbors, valid = same_label_neighbors(targets, labels, rows, bank_labels, k)
+        loss = mean_shift_loss(queries, rows[neighbors], valid)
         purity = label_purity(self.truth[self.bank.indices[neighbors]].where(valid, -1), truth)
-        metrics = dict(purity=purity, spread=targets.std(0).norm())
+        similarity = F.cosine_similarity(queries.detach(), targets).mean()
+        metrics = dict(purity=purity, similarity_target=similarity, spread=targets.std(0).norm())
         pseudo, count = free & (labels >= 0), free.sum().clamp(min=1)
         parts = dict(coverage=pseudo, known=pseudo & (truth >= 0), right=pseudo & (labels == truth))
         metrics |= {name: part.sum() / count for name, part in parts.items()}
-        return mean_shift_loss(queries, rows[neighbors], valid), metrics
+        return loss, metrics | dict(similarity_neighbors=1 - loss.detach() / 2)
     def train_classifier(self):
         """Ten passes over the cached u of labelled images; the first process's result counts."""
         rows = 1 + torch.where(self.cache[1:].any(1))[0]
@@ -430,7 +431,7 @@ def main(args):
     end, warmup = args.epochs * steps, args.warmup_epochs * steps
     check(start < end, f"{args.resume}: all {start} steps are done; raise --epochs")
     for net in model.online, model.target, model.predictor:
-        if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if world > 1 and cuda: nn.SyncBatchNorm.convert_sync_batchnorm(net)
         if args.compile: net.compile()
     if world > 1: network = nn.parallel.DistributedDataParallel(model)
     network.broadcast_buffers = False  # every process computes the same bank
@@ -439,9 +440,10 @@ def main(args):
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
     last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter, summary
         writer = SummaryWriter(last.parent, purge_step=start + 1)
-        writer.add_text("config", repr(args))
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
+        for part in summary.hparams(plain, dict(knn=0)): writer.file_writer.add_summary(part)
         print(f"labelled, by class: {model.given.bincount(minlength=len(train.classes)).tolist()}")
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
@@ -459,19 +461,18 @@ def main(args):
         if model.classifier and step % steps in rounds: model.train_classifier()
         history.append(torch.stack([loss.detach(), *metrics.values()]))
         if step % (args.log_every or steps) and step % steps: continue
-        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, 2 + metrics]
-        if world > 1: dist.all_reduce(table)
-        *columns, (stopped, *_) = (table / world).T.tolist()  # the only place where the host waits
-        for number, loss in enumerate(columns[0], step - len(history) + 1):
-            check(math.isfinite(loss), f"loss {loss} at step {number}, lr {lr:g}; kept: {last}")
-        values = {name: sum(x) / len(x) for name, x in zip(("loss", *metrics), columns)}
-        speed = len(history) * args.batch_size / (time.time() - since)
-        values, done = values | dict(lr=lr, img_per_s=speed), stopped or step == end
+        means = F.pad(torch.stack(history).mean(0), (0, 1), value=len(signals))
+        if world > 1: dist.all_reduce(means)
+        *means, stopped = (means / world).tolist()  # the only place where the host waits
+        values, done = dict(zip(("loss", *metrics), means)), stopped or step == end
+        check(math.isfinite(means[0]), f"loss {means[0]} at step {step}, lr {lr:g}; kept: {last}")
+        values |= dict(lr=lr, img_per_s=len(history) * args.batch_size / (time.time() - since))
         if rank == 0:
             values["pseudo_accuracy"] = values.pop("right") / (values.pop("known") or math.nan)
             if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
             if model.classifier and "knn" in values:  # the modules of target are not compiled
+                writer.add_histogram("confidence", model.latest, step)
                 u = embed(nn.Sequential(*model.target), test, torch.arange(len(test.labels)), args)
                 right = model.classifier(u).argmax(1) == test.labels
                 values["classifier"] = 100 * right.float().mean().item()

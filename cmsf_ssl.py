@@ -8,7 +8,7 @@ candidates C(i), which may be far. Where i has no u' or cluster yet (first epoch
     $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset cifar10                      8 GPUs
     $ torchrun --nproc_per_node=8 cmsf_ssl.py --dataset imagenet --data-dir /data/imagenet
 """
-import copy, dataclasses, functools, math, os, signal, time, typing
+import copy, dataclasses, functools, math, os, re, signal, time, typing
 from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F, tyro
 from torch import nn
@@ -36,7 +36,6 @@ class Args:
     weight_decay: float | None = None  # Weight decay of SGD, on every weight.
     seed: int = 0  # Seed of the weights, of the order of the images and of their views.
     amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
-    sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, as on one GPU.
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue; auto: the run's own, if there is one.
@@ -97,8 +96,7 @@ def resolve(args):
     check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
     check(args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
     check(args.crop_scale[0] <= args.crop_scale[1], "need the smaller --crop-scale first")
-    plain = name == os.path.basename(name).strip(".")[:200] > "" and name.isprintable()
-    check(plain, "--run-name: must be a plain name")
+    check(re.fullmatch(r"\w[\w.,=+-]{,99}", name), "--run-name: letters, digits, _ . , = + - only")
     own = not last.exists() or args.resume and last.samefile(args.resume)
     check(own, f"{last} exists: --resume it, or choose another --run-name")
     return args, state
@@ -369,9 +367,11 @@ class CMSF(nn.Module):
         constrained = constrained.where(known[:, None], nearest)  # no other view: plain MSF
         self.latest, chosen = (targets, rows, constrained), (nearest, constrained)
         loss = sum(mean_shift_loss(queries, rows[x], x >= 0) for x in chosen) / 2
-        purity = (label_purity(self.bank.labels[x].where(x >= 0, -1), labels) for x in chosen)
-        metrics = dict(zip(("purity", "purity_constrained"), purity))
-        return loss, metrics | dict(spread=targets.std(0).norm())
+        purity = [label_purity(self.bank.labels[x].where(x >= 0, -1), labels) for x in chosen]
+        similarity = F.cosine_similarity(queries.detach(), targets).mean()
+        metrics = dict(purity=purity[0], purity_constrained=purity[1], spread=targets.std(0).norm())
+        metrics |= dict(similarity_target=similarity, similarity_neighbors=1 - loss.detach() / 2)
+        return loss, metrics
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
 def embed(net, data, rows, args):
@@ -430,7 +430,7 @@ def main(args):
     end, warmup = args.epochs * steps, args.warmup_epochs * steps
     check(start < end, f"{args.resume}: all {start} steps are done; raise --epochs")
     for net in model.online, model.target, model.predictor:
-        if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if world > 1 and cuda: nn.SyncBatchNorm.convert_sync_batchnorm(net)
         if args.compile: net.compile()
     if world > 1: network = nn.parallel.DistributedDataParallel(model)
     network.broadcast_buffers = False  # every process computes the same bank
@@ -440,9 +440,10 @@ def main(args):
     kinds = [weak_view, strong_view] + [weak_view] * (args.constraint == "third-view")
     last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter, summary
         writer = SummaryWriter(last.parent, purge_step=start + 1)
-        writer.add_text("config", repr(args))
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
+        for part in summary.hparams(plain, dict(knn=0)): writer.file_writer.add_summary(part)
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun and schedulers may send them twice
@@ -457,14 +458,12 @@ def main(args):
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(torch.stack([loss.detach(), *metrics.values()]))
         if step % (args.log_every or steps) and step % steps: continue
-        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, 2 + metrics]
-        if world > 1: dist.all_reduce(table)
-        *columns, (stopped, *_) = (table / world).T.tolist()  # the only place where the host waits
-        for number, loss in enumerate(columns[0], step - len(history) + 1):
-            check(math.isfinite(loss), f"loss {loss} at step {number}, lr {lr:g}; kept: {last}")
-        values = {name: sum(x) / len(x) for name, x in zip(("loss", *metrics), columns)}
-        speed = len(history) * args.batch_size / (time.time() - since)
-        values, done = values | dict(lr=lr, img_per_s=speed), stopped or step == end
+        means = F.pad(torch.stack(history).mean(0), (0, 1), value=len(signals))
+        if world > 1: dist.all_reduce(means)
+        *means, stopped = (means / world).tolist()  # the only place where the host waits
+        values, done = dict(zip(("loss", *metrics), means)), stopped or step == end
+        check(math.isfinite(means[0]), f"loss {means[0]} at step {step}, lr {lr:g}; kept: {last}")
+        values |= dict(lr=lr, img_per_s=len(history) * args.batch_size / (time.time() - since))
         if step % steps == 0 and args.constraint == "kmeans":
             model.clusters.copy_(spherical_kmeans(model.cache, args.num_clusters or n // 25 + 1))
             if world > 1: dist.broadcast(model.clusters, 0)  # each process drew other rows to start

@@ -8,7 +8,7 @@ f: online encoder, h: predictor, g: target encoder, an average of f, M: memory b
     $ python mnn.py                                       digits, on the CPU or on one GPU
     $ torchrun --nproc_per_node=8 mnn.py --dataset cifar10                           8 GPUs
 """
-import copy, dataclasses, functools, math, os, random, signal, time, typing
+import copy, dataclasses, functools, math, os, random, re, signal, time, typing
 from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F, tyro
 from torch import nn
@@ -37,7 +37,6 @@ class Args:
     weight_decay: float | None = None  # Weight decay of SGD, on every weight.
     seed: int = 0  # Seed of the weights, of the order of the images and of their views.
     amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
-    sync_bn: bool = True  # On several GPUs, BatchNorm sees the whole batch, unless it is split.
     compile: bool = False  # Compile the networks with torch.compile.
     run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
     resume: str | None = None  # A last.pt to continue; auto: the run's own, if there is one.
@@ -105,8 +104,7 @@ def resolve(args):
     check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
     check(args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
     check(args.crop_scale[0] <= args.crop_scale[1], "need the smaller --crop-scale first")
-    plain = name == os.path.basename(name).strip(".")[:200] > "" and name.isprintable()
-    check(plain, "--run-name: must be a plain name")
+    check(re.fullmatch(r"\w[\w.,=+-]{,99}", name), "--run-name: letters, digits, _ . , = + - only")
     own = not last.exists() or args.resume and last.samefile(args.resume)
     check(own, f"{last} exists: --resume it, or choose another --run-name")
     return args, state
@@ -370,11 +368,14 @@ class MNN(nn.Module):
             positives = (mixed, u[:, None])[: 1 + args.weighting]
             if args.objective == "mnn": loss = mnn_loss(q, u, mixed, args.weighting)
             else: loss = sum(info_nce(q, every, x, own) for x in positives)
-            purity = label_purity(self.bank.labels[nearest], labels)
-            results.append(torch.stack([loss, purity, every.std(0).norm(), loss.new_full((), lam)]))
+            metrics = dict(purity=label_purity(self.bank.labels[nearest], labels))
+            metrics |= dict(similarity_target=F.cosine_similarity(q.detach(), u).mean())
+            close = F.cosine_similarity(q.detach()[:, None], mixed, dim=2).mean()
+            metrics |= dict(similarity_neighbors=close, spread=every.std(0).norm())
+            results.append(torch.stack([loss, *metrics.values(), loss.new_full((), lam)]))
         self.bank.enqueue(targets[0], gather(labels), ids)
-        loss, *metrics = torch.stack(results).mean(0)
-        return loss, {name: x.detach() for name, x in zip(("purity", "spread", "lam"), metrics)}
+        loss, *means = torch.stack(results).mean(0)
+        return loss, {name: x.detach() for name, x in zip((*metrics, "lam"), means)}
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
 def embed(net, data, rows, args):
@@ -435,7 +436,7 @@ def main(args):
     end, warmup = args.epochs * steps, args.warmup_epochs * steps
     check(start < end, f"{args.resume}: all {start} steps are done; raise --epochs")
     for net in model.online, model.target, model.predictor:
-        if world > 1 and cuda and args.sync_bn: nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if world > 1 and cuda: nn.SyncBatchNorm.convert_sync_batchnorm(net)
         if args.compile: net.compile()
     for norm in model.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and parts % world == 0:
@@ -448,9 +449,10 @@ def main(args):
     if args.weak_flip is not None: weak_view["flip"] = args.weak_flip
     last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter, summary
         writer = SummaryWriter(last.parent, purge_step=start + 1)
-        writer.add_text("config", repr(args))
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
+        for part in summary.hparams(plain, dict(knn=0)): writer.file_writer.add_summary(part)
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
     signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun and schedulers may send them twice
@@ -465,14 +467,12 @@ def main(args):
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         history.append(torch.stack([loss.detach(), *metrics.values()]))
         if step % (args.log_every or steps) and step % steps: continue
-        table = F.pad(torch.stack(history), (0, 1), value=len(signals))  # [steps, 2 + metrics]
-        if world > 1: dist.all_reduce(table)
-        *columns, (stopped, *_) = (table / world).T.tolist()  # the only place where the host waits
-        for number, loss in enumerate(columns[0], step - len(history) + 1):
-            check(math.isfinite(loss), f"loss {loss} at step {number}, lr {lr:g}; kept: {last}")
-        values = {name: sum(x) / len(x) for name, x in zip(("loss", *metrics), columns)}
-        speed = len(history) * args.batch_size / (time.time() - since)
-        values, done = values | dict(lr=lr, img_per_s=speed), stopped or step == end
+        means = F.pad(torch.stack(history).mean(0), (0, 1), value=len(signals))
+        if world > 1: dist.all_reduce(means)
+        *means, stopped = (means / world).tolist()  # the only place where the host waits
+        values, done = dict(zip(("loss", *metrics), means)), stopped or step == end
+        check(math.isfinite(means[0]), f"loss {means[0]} at step {step}, lr {lr:g}; kept: {last}")
+        values |= dict(lr=lr, img_per_s=len(history) * args.batch_size / (time.time() - since))
         if rank == 0:
             if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)

@@ -328,6 +328,7 @@ def test_a_run_returns_and_logs_what_it_promises(labels, capsys):
     sizes = [int(size) for size in counts[1].split(",")]
     assert len(sizes) == 10 and sum(sizes) == (10 if labels == "1pct" else 142)
     events = EventAccumulator("runs/a").Reload()
+    assert events.Tags()["histograms"] == ["confidence"]
     tags = {"purity", "coverage", "pseudo_accuracy", "classifier", "knn", "loss"}
     assert tags <= set(events.Tags()["scalars"])
     for tag in tags - {"classifier", "knn"}:

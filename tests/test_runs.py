@@ -66,12 +66,16 @@ def test_a_run_leaves_what_it_promises():
     backbone.load_state_dict(torch.load("runs/a/backbone.pt", weights_only=True), strict=True)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
 
     events = EventAccumulator("runs/a").Reload()
-    tags = {"loss", "purity", "lr", "img_per_s", "knn"}
+    tags = {"loss", "purity", "similarity_target", "similarity_neighbors", "spread", "lr", "img_per_s", "knn"}
     assert tags <= set(events.Tags()["scalars"])
     assert events.Scalars("knn")[-1].value == pytest.approx(result["knn"])
-    assert "config/text_summary" in events.Tags()["tensors"]
+    written = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    written = plugin_data_pb2.HParamsPluginData.FromString(written).session_start_info.hparams
+    assert written["lr"].number_value == 0.1 and written["arch"].string_value == "resnet10"
+    assert written.keys() == run["args"].keys()
 
     judged = eval_linear.main(eval_linear.Args(checkpoint="runs/a/last.pt", epochs=3))
     assert judged["20-NN"] == pytest.approx(result["knn"], abs=0.3)
