@@ -13,7 +13,7 @@ An accuracy is that of the last epoch. The images that --labels names vote and t
     $ python eval_linear.py --checkpoint runs/NAME/last.pt --labels 10pct --fine-tune
     $ torchrun --nproc_per_node=8 eval_linear.py --checkpoint resnet50.pth --dataset imagenet
 """
-import dataclasses, datetime, functools, hashlib, json, math, os, pickle, re, types, typing
+import dataclasses, functools, hashlib, json, math, os, pickle, re, types, typing
 from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F, tyro
 from torch import nn
@@ -477,7 +477,8 @@ def main(args):
     results = {k: 100 * (v == test.labels).double().mean().item() for k, v in answers.items()}
     if args.rank > 0: return results
     of = (Path(args.checkpoint).stem.replace("last", ""), asked) if args.checkpoint else ()
-    how = Path(args.labels or "").stem, "cached" * bool(path), "fine-tuned" * args.fine_tune
+    how = Path(args.labels or "").stem, f"seed{args.label_seed}" * (args.label_seed > 0)
+    how += (args.prefix or "").strip("."), "cached" * bool(path), "fine-tuned" * args.fine_tune
     name = "-".join(filter(None, ("eval", *of, *how)))
     record = vars(args) | dict(labelled=len(rows), test=len(every), step=step, top1=results)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
