@@ -76,7 +76,7 @@ def resolve(args):
     """(args completed from recipe or checkpoint, checkpoint or None); SystemExit if wrong."""
     check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
     auto, name = args.resume == "auto", f"{Path(__file__).stem}-{args.dataset}-{args.seed}"
-    name = args.run_name or name + time.strftime("-%Y%m%d-%H%M%S") * (not auto)
+    name = args.run_name or name + time.strftime("-%Y%m%d-%H%M%S") * (not auto)  # else found again
     state, base, own = None, dict(run_name=name) | RECIPES[args.dataset], f"runs/{name}/last.pt"
     if auto: args = dataclasses.replace(args, resume=own if os.path.exists(own) else None)
     if args.resume:
@@ -85,7 +85,7 @@ def resolve(args):
             assert state["args"].keys() == vars(args).keys(), "of another script, or version"
             base = state["args"] | dict(num_workers=args.num_workers)
         except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
-    given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}
+    given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}  # not default
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
@@ -97,8 +97,8 @@ def resolve(args):
     check(args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
     check(args.crop_scale[0] <= args.crop_scale[1], "need the smaller --crop-scale first")
     check(re.fullmatch(r"\w[\w.,=+-]{,99}", name), "--run-name: letters, digits, _ . , = + - only")
-    own = not last.exists() or args.resume and last.samefile(args.resume)
-    check(own, f"{last} exists: --resume it, or choose another --run-name")
+    free = not last.exists() or args.resume and last.samefile(args.resume)
+    check(free, f"{last} exists: --resume it, or choose another --run-name")
     return args, state
 # ---- data ---------------------------------------------------------------------------------------
 class ImageData(torch.utils.data.Dataset):
