@@ -154,7 +154,7 @@ def test_torchrun_stopped_by_a_signal_keeps_the_checkpoint():
         assert line, process.stderr.read()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0
+    assert process.returncode != 0 and "Warning" not in errors.replace("OMP_NUM_THREADS", "")
     step = int(re.search(r"stopped at step (\d+)", errors)[1])
     assert load("a")["step"] == step >= 3
 
@@ -235,15 +235,6 @@ def test_processes_stay_in_step(one_and_two):
     assert first["bank.indices"].unique().numel() == 1024
     for name, value in first.items():  # BatchNorm's running statistics are each process's own
         assert torch.equal(value, second[name]) or "running" in name, name
-
-
-def test_torchrun_trains_on_the_cpu():
-    process = start("--epochs", "1", "--run-name", "two", processes=2)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert re.search(r"20-NN \d\d\.\d\d%: python eval_linear.py --checkpoint runs/two/last.pt", output)
-    assert output.count("20-NN") == 1 and "Warning" not in errors.replace("OMP_NUM_THREADS", "")
-    assert load("two")["model"]["bank.indices"].unique().numel() == 1024
 
 
 @pytest.mark.parametrize("script", [msf, cmsf_ssl, cmsf_semi, mnn, eval_linear])

@@ -127,18 +127,12 @@ def test_fifty_kills(script):
     assert during > 0
 
 
-def test_a_half_written_checkpoint_is_no_harm():
-    msf.main(msf.Args(run_name="a", epochs=1))
-    Path("runs/a/last.tmp").write_bytes(Path("runs/a/last.pt").read_bytes()[:1000])
-    msf.main(msf.Args(run_name="a", resume="auto", epochs=2))
-    assert load("a")["step"] == 44 and not Path("runs/a/last.tmp").exists()
-
-
 def test_auto_starts_anew_where_there_is_no_checkpoint_and_goes_on_where_there_is_one():
     result = msf.main(msf.Args(resume="auto", epochs=1))
-    assert result["checkpoint"] == "runs/msf-digits-0/last.pt"
+    last, half = Path(result["checkpoint"]), Path("runs/msf-digits-0/last.tmp")
+    half.write_bytes(last.read_bytes()[:1000])  # as if killed while it was written
     msf.main(msf.Args(resume="auto", epochs=2))
-    assert load("msf-digits-0")["step"] == 44
+    assert load("msf-digits-0")["step"] == 44 and not half.exists()
     with pytest.raises(SystemExit, match="all 44 steps are done"):
         msf.main(msf.Args(resume="auto", epochs=2))
 
@@ -161,6 +155,8 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(one_and_two):
     assert code == 0 and re.search(rf"exitcode.*-9.*pid: {killed}", output), output
     starts = re.findall(r"2 x cpu, 1437 images, steps (\d+) to 22", output)
     assert starts[0] == "0" and int(starts[1]) >= 4
+    assert re.search(r"20-NN \d\d\.\d\d%: python eval_linear.py --checkpoint runs/a/last.pt", output)
+    assert output.count("20-NN") == 1
     assert_same_state(load("whole"), load("a"))
 
 
