@@ -84,7 +84,7 @@ def resolve(args):
     """(args completed from recipe or checkpoint, checkpoint or None); SystemExit if wrong."""
     check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
     auto, name = args.resume == "auto", f"{Path(__file__).stem}-{args.dataset}-{args.seed}"
-    name = args.run_name or name + time.strftime("-%Y%m%d-%H%M%S") * (not auto)  # else found again
+    name = args.run_name or name + time.strftime("-%Y%m%d-%H%M%S") * (not auto)  # auto: to be found
     state, base, own = None, dict(run_name=name) | RECIPES[args.dataset], f"runs/{name}/last.pt"
     if auto: args = dataclasses.replace(args, resume=own if os.path.exists(own) else None)
     if args.resume:
@@ -415,7 +415,7 @@ def main(args):
     if cuda: torch.cuda.set_device(device)
     if world > 1:  # torchrun keeps its store when it restarts (pytorch #135712): take new keys
         keys, again = next(dist.rendezvous("env://"))[0], os.getenv("TORCHELASTIC_RESTART_COUNT")
-        if os.getenv("GROUP_WORLD_SIZE") == "1": keys = dist.PrefixStore(again, keys)
+        if os.getenv("GROUP_WORLD_SIZE") == "1": keys = dist.PrefixStore(again, keys)  # one node
         dist.init_process_group("nccl" if cuda else "gloo", store=keys, rank=rank, world_size=world)
     if local > 0: dist.barrier()  # until the first process of the node has downloaded
     train, test = (ImageData(args, split, device) for split in (True, False))

@@ -6,7 +6,8 @@ views. What a method's paper gives for itself (k, the bank's rows, the candidate
     $ python tests/reproduce.py                                             digits, 5 seeds
     $ python tests/reproduce.py --dataset folder --data-dir DIR --seeds 3   32-pixel images, ResNet-18, 200 epochs
 
-Each run has a folder in runs/, and the same command goes on where it was stopped. Run by hand, not by pytest.
+Each run has a folder in runs/. The same command goes on where it was stopped; a run that was stopped while it was being
+judged has to be removed first, and the seconds of one that went on are those since then. Run by hand, not by pytest.
 """
 
 import concurrent.futures

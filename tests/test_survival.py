@@ -231,7 +231,6 @@ def test_a_run_folder_that_is_removed_ends_the_run_with_one_line():
     assert code == 1
     last = output.strip().splitlines()[-1]
     assert re.fullmatch("error: .*runs/a.*; the last checkpoint, if any, is whole", last), output
-    print(output)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line():
