@@ -50,23 +50,21 @@ class Args:
     num_candidates: int = 10  # Candidates n, among which the k neighbours are; not for kmeans.
     num_clusters: int | None = None  # Clusters of kmeans; None: one for every 25 images.
     half_cache: bool = False  # Keep last epoch's embeddings of all images in float16.
-
-IMAGENET = dict(  # section 4 of MSF's paper
-    arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
-    jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
+# ---- recipes: IMAGENET is MSF's (section 4); what CIFAR and TINY change, MNN's (arXiv 2311.00562)
+IMAGENET = dict(arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), rotation=0,
+    flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
     momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
-CIFAR = IMAGENET | dict(bank_size=4096,  # lr, decay, warm-up, bank: MNN's, arXiv 2311.00562
-    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5, weight_decay=5e-4)
+CIFAR = IMAGENET | dict(arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5,
+    weight_decay=5e-4, bank_size=4096)
 TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
 DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
     rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
 RECIPES = dict(digits=DIGITS, cifar10=CIFAR, cifar100=CIFAR, stl10=TINY, tinyimagenet=TINY,
                **dict.fromkeys(("imagenet", "folder"), IMAGENET | dict(bank_size=128_000)))
-SHARES = "flip weak_flip gray blur jitter crop_scale momentum ema lam confidence".split()
-LIMITS = dict.fromkeys(SHARES, (0, 1)) | dict(  # the least and the most; else from 0 to 2^31
-    rotation=(0, 180), image_size=(8, 1024), num_workers=(0, 512), epochs=(1, 10**6), lr=(0, 1e38),
-    topk=(1, 2**16), bank_size=(1, 2**24), hidden=(1, 2**16), num_clusters=(1, 2**24))
+LIMITS = dict(rotation=(0, 180), image_size=(8, 1024), num_workers=(0, 512), epochs=(1, 10**6),
+    topk=(1, 2**16), bank_size=(1, 2**24), hidden=(1, 2**16), num_clusters=(1, 2**24), lr=(0, 1e38),
+    warmup_epochs=(0, 2**31), checkpoint_every_minutes=(0, 2**31))  # others: 0..1, whole 0..2^31
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
@@ -89,7 +87,7 @@ def resolve(args):
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
-            least, most = LIMITS.get(name, (0, 2**31))
+            least, most = LIMITS.get(name, (0, 1 if isinstance(x, float) else 2**31))
             fits = not isinstance(x, (int, float)) or least <= x <= most  # false for NaN
             check(fits, f"--{name.replace('_', '-')} {x}: need {least} to {most}")
     name, size, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
@@ -125,8 +123,7 @@ class ImageData(torch.utils.data.Dataset):
                 source = datasets.ImageFolder(root / ("train" if train else "val"))
                 (self.files, labels), self.read = zip(*source.samples), source.loader  # as RGB
             if name == "tinyimagenet" and not train:  # one folder of images, and a list of classes
-                rows = (root / "val/val_annotations.txt").read_text().splitlines()
-                class_of = dict(row.split("\t")[:2] for row in rows)
+                class_of = dict(x.split("\t")[:2] for x in open(root / "val/val_annotations.txt"))
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
@@ -134,8 +131,8 @@ class ImageData(torch.utils.data.Dataset):
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.images = None if images is None else images.to(device).contiguous()
         resize = T.Resize(size * 8 // 7 if size >= 96 else size)  # 256 for 224
-        self.test_crop = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
-        self.random_crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
+        self.center = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
+        self.crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
         if images is None and size < 96:
             every = torch.arange(len(labels)).split(256)
             self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
@@ -145,14 +142,12 @@ class ImageData(torch.utils.data.Dataset):
         try: image = self.read(self.files[index])
         except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
         torch.manual_seed(seed)
-        crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
-        return index, torch.stack(crops)
+        return index, torch.stack([self.crop(image) for _ in range(views)] or [self.center(image)])
     def batches(self, index_batches, views=0, seed=0, step=0, stride=1):
         """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b]. Files give crops drawn
         by seed and number (step, step + stride, ...), or with views = 0 the one for testing."""
         if self.images is not None:
-            for indices in index_batches:
-                indices = indices.to(self.device, non_blocking=True)
+            for indices in (x.to(self.device, non_blocking=True) for x in index_batches):
                 yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
             return
         items = ([(i, views, hash((seed, step + n * stride, i))) for i in batch.tolist()]
@@ -198,23 +193,15 @@ def adjust(images, operation, amount):
         other = (0, gray.mean((1, 2, 3), keepdim=True), gray)[operation]
         return (amount * images + (1 - amount) * other).clamp(0, 1)
     value = images.amax(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
-    safe = chroma.where(chroma > 0, 1)
-    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    hue = torch.where(value == r, (g - b) / safe, hue) + 6 * amount  # in sixths of a circle
+    chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)  # gray: 0 / 1e-12
+    hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
+    hue = torch.where(value == r, (g - b) / chroma, hue) + 6 * amount  # in sixths of a circle
     turn = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
     return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
 
-def gaussian_blur(images, sigma):
-    """Blur [n, 3, S, S] by sigma [n, 1, 1, 1] pixels, at an edge by the pixels inside."""
-    pixels = torch.arange(images.shape[-1], device=images.device)
-    weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # [n, 1, S, S]
-    return weights @ images @ weights.mT
-
 def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
-    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size].
-    scale: area of a random resized crop (None: whole); flip, gray, blur: probabilities; rotation:
-    degrees; jitter: as torchvision's, with probability 0.8. The defaults: the view for testing."""
+    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size]. What
+    the others mean, Args tells; scale is its crop_scale. The defaults give the view for testing."""
     (n, _, height, width), device = images.shape, images.device
     random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
     boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
@@ -228,7 +215,9 @@ def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), g
     if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
     if blur:
         sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
-        images = gaussian_blur(images, sigma)
+        pixels = torch.arange(size, device=device)
+        weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # Gaussian
+        images = weights @ images @ weights.mT  # at an edge, of the pixels inside
     rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
     return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
 # ---- model --------------------------------------------------------------------------------------
@@ -270,9 +259,8 @@ def gather(tensor):
     return torch.cat(parts)
 # ---- the method ---------------------------------------------------------------------------------
 def nearest_neighbors(targets, bank, k, mask=None):
-    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, all
-    of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
-    missing. Raises ValueError if k > M."""
+    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], all of unit norm,
+    nearest first, where mask [M] or [B, M] is True; -1: no more. Raises ValueError if k > M."""
     if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
     similarities = targets @ bank.T  # [B, M]
     if mask is not None: similarities.masked_fill_(~mask, -math.inf)
@@ -308,18 +296,17 @@ def constrained_neighbors(targets, bank, other_targets, other_bank, k, num_candi
     return candidates.gather(1, order)
 
 def spherical_kmeans(points, num_clusters, rounds=10):
-    """Cluster [N] of every row of points [N, D], by cosine; -1 for rows of zeros. An empty cluster
-    starts anew at a random row. At most 2^26 similarities are held at a time."""
+    """Cluster [N] of every row of points [N, D], by cosine; -1 for rows of zeros. The center of an
+    empty cluster stays where it is. At most 2^26 similarities are held at a time."""
     known, chunk = torch.where(points.any(1))[0], max(1, 2**26 // num_clusters)
-    draw = functools.partial(torch.randint, len(known), (num_clusters,))
-    clusters, centers = known.new_full((len(points),), -1), points[known[draw()]].float()
+    first = known[torch.randint(len(known), (num_clusters,))]
+    clusters, centers = known.new_full((len(points),), -1), points[first].float()
     for _ in range(rounds):
         sums = torch.zeros_like(centers)
         for rows in known.split(chunk):
             clusters[rows] = (points[rows].float() @ centers.T).argmax(1)
             sums.index_add_(0, clusters[rows], points[rows].float())
-        anew = points[known[draw()]].float()
-        centers = F.normalize(sums.where(sums.any(1, keepdim=True), anew), dim=1)
+        centers = F.normalize(sums, dim=1).where(sums.any(1, keepdim=True), centers)
     return clusters
 
 def neighbor_ranks(targets, bank, neighbors):
@@ -336,11 +323,23 @@ class CMSF(nn.Module):
         self.online = nn.Sequential(backbone, mlp(width, 2 * width, width // 4))  # f
         self.predictor = mlp(width // 4, 2 * width, width // 4)  # h
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
-        self.bank = MemoryBank(args.bank_size, 2 * (width // 4))  # M and M' side by side
+        self.args, self.bank = args, MemoryBank(args.bank_size, 2 * (width // 4))  # M beside M'
         cache = torch.zeros(0 if args.constraint == "third-view" else n, width // 4)
         self.register_buffer("cache", cache.half() if args.half_cache else cache)  # last u of each
         self.register_buffer("clusters", torch.full((n,), -1))  # of each image; -1: none yet
-        self.args = args
+    def search(self, targets, others, indices):
+        """Rows of the bank, [b, k] each, for u and u' [b, D] of images indices [b]: the constrained
+        (-1: no more; all the nearest if there is no u' or cluster), and the nearest."""
+        rows, other_rows = self.bank.embeddings[: len(self.bank)].chunk(2, dim=1)
+        k, nearest = self.args.topk, nearest_neighbors(targets, rows, self.args.topk)
+        if self.args.constraint == "kmeans":
+            own, clusters = self.clusters[indices], self.clusters[self.bank.indices[: len(rows)]]
+            known, mask = own >= 0, own[:, None] == clusters
+            constrained = nearest_neighbors(targets, rows, k, mask)
+        else:
+            n, known, mask = self.args.num_candidates, others.any(1), other_rows.any(1)
+            constrained = constrained_neighbors(targets, rows, others, other_rows, k, n, mask)
+        return constrained.where(known[:, None], nearest), nearest
     def forward(self, views, labels, indices):
         """views: weak, strong (, third) [b, 3, S, S]; labels, indices [b] -> loss, metrics"""
         (weak, strong, *third), args = views, self.args
@@ -355,23 +354,13 @@ class CMSF(nn.Module):
         pushed, images = gather(torch.cat([targets, others], dim=1)), gather(indices)
         self.bank.enqueue(pushed, gather(labels), images)
         if not third: self.cache[images] = pushed.chunk(2, dim=1)[0].to(self.cache.dtype)
-        rows, other_rows = self.bank.embeddings[: len(self.bank)].chunk(2, dim=1)
-        nearest = nearest_neighbors(targets, rows, args.topk)  # [b, k]
-        if args.constraint == "kmeans":
-            own, clusters = self.clusters[indices], self.clusters[self.bank.indices[: len(rows)]]
-            known, mask = own >= 0, own[:, None] == clusters
-            constrained = nearest_neighbors(targets, rows, args.topk, mask)
-        else:
-            k, n, known, mask = args.topk, args.num_candidates, others.any(1), other_rows.any(1)
-            constrained = constrained_neighbors(targets, rows, others, other_rows, k, n, mask)
-        constrained = constrained.where(known[:, None], nearest)  # no other view: plain MSF
-        self.latest, chosen = (targets, rows, constrained), (nearest, constrained)
-        loss = sum(mean_shift_loss(queries, rows[x], x >= 0) for x in chosen) / 2
-        purity = [label_purity(self.bank.labels[x].where(x >= 0, -1), labels) for x in chosen]
-        similarity = F.cosine_similarity(queries.detach(), targets).mean()
-        metrics = dict(purity=purity[0], purity_constrained=purity[1], spread=targets.std(0).norm())
-        metrics |= dict(similarity_target=similarity, similarity_neighbors=1 - loss.detach() / 2)
-        return loss, metrics
+        rows, both = self.bank.embeddings.chunk(2, dim=1)[0], self.search(targets, others, indices)
+        self.latest = targets, rows[: len(self.bank)], both[0]
+        loss = sum(mean_shift_loss(queries, rows[x], x >= 0) for x in both) / 2
+        purity = [label_purity(self.bank.labels[x].where(x >= 0, -1), labels) for x in both]
+        metrics = dict(purity=purity[1], purity_constrained=purity[0], spread=targets.std(0).norm())
+        metrics |= dict(similarity_neighbors=1 - loss / 2)
+        return loss, metrics | dict(similarity_target=F.cosine_similarity(queries, targets).mean())
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
 def embed(net, data, rows, args):
@@ -390,13 +379,24 @@ def knn_accuracy(backbone, train, test, args):
     votes = [labels[nearest_neighbors(q, bank, k)].mode(1).values for q in queries.split(1024)]
     return 100 * (torch.cat(votes) == test.labels).float().mean().item()
 
+def draw(data, labels, shown, model, *found):
+    """Picture uint8 [3, H, W]: images shown [n] of data, and beside each those of the bank's rows
+    found [n, k] (-1: none); framed green where labels [N] agree, red where not, or if unknown."""
+    indices = [model.bank.indices[rows].where(rows >= 0, -1) for rows in found]  # of images, [n, k]
+    images = torch.stack([torch.cat([shown[:, None], x], 1) for x in indices], 1).flatten(0, 1)
+    ((_, (tiles,), _),) = data.batches([images.flatten()])
+    right = (labels[images] == labels[images[:, :1]]) & (labels[images] >= 0)  # [R, 1 + k]
+    picture = 255 * F.one_hot(right.long(), 3)[:, :, :, None, None].repeat(1, 1, 1, 64, 64)
+    picture[..., 4:-4, 4:-4] = F.interpolate(tiles, 56).unflatten(0, images.shape)
+    picture[images < 0] = 0
+    return picture.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2).byte()
+
 def step_indices(n, args, start, rank, world):
     """The indices [b] of this process at every step from start on; each epoch has its own order."""
-    steps = n // args.batch_size
+    steps, rest = divmod(n, args.batch_size)
     for epoch in range(start // steps, args.epochs):
-        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))
-        order = torch.randperm(n, generator=generator)[: steps * args.batch_size]
-        yield from order.view(steps, world, -1)[max(0, start - epoch * steps) :, rank]
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((args.seed, epoch))))
+        yield from order[: n - rest].view(steps, world, -1)[max(0, start - epoch * steps) :, rank]
 
 def main(args):
     """Train; returns the last mean "loss", the 20-NN accuracy "knn" (percent) and "checkpoint"."""
@@ -420,7 +420,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model = CMSF(args, n).to(device, memory_format=torch.channels_last)
     network, optimizer = model, torch.optim.SGD(model.parameters(), fused=cuda)
-    start, steps = 0, n // args.batch_size  # steps of an epoch
+    start, steps, last = 0, n // args.batch_size, Path("runs", args.run_name, "last.pt")
     if checkpoint:
         try: model.load_state_dict(checkpoint["model"])
         except RuntimeError: check(False, f"{args.resume} fits other data, --arch, --stem, ...")
@@ -438,16 +438,14 @@ def main(args):
     weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
     kinds = [weak_view, strong_view] + [weak_view] * (args.constraint == "third-view")
-    last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter, summary
         writer = SummaryWriter(last.parent, purge_step=start + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
         for part in summary.hparams(plain, dict(knn=0)): writer.file_writer.add_summary(part)
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
-    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
-    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun and schedulers may send them twice
-        signal.signal(number, lambda number, _: signals.append(number))
+    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1  # signals: caught
+    for x in (signal.SIGTERM, signal.SIGINT): signal.signal(x, lambda *_: signals.append(1))
     batches = train.batches(step_indices(n, args, start, rank, world), len(kinds), args.seed, start)
     for step, (indices, views, labels) in enumerate(batches, start + 1):
         torch.manual_seed(hash((args.seed, step, rank)))
@@ -456,7 +454,7 @@ def main(args):
         views = [augment(view, **how) for view, how in zip(views, kinds)]
         loss, metrics = network(views, labels, indices)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
-        history.append(torch.stack([loss.detach(), *metrics.values()]))
+        history.append(torch.stack([loss, *metrics.values()]).detach())
         if step % (args.log_every or steps) and step % steps: continue
         means = F.pad(torch.stack(history).mean(0), (0, 1), value=len(signals))
         if world > 1: dist.all_reduce(means)
@@ -474,6 +472,10 @@ def main(args):
                 values["median_rank"] = ranks.median().item()
             if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
+                shown = torch.stack([x[0] for x in torch.where(train.labels >= 0)[0].chunk(12)])
+                u = embed(nn.Sequential(*model.target), train, shown, args)  # not compiled
+                rows = model.search(u, model.cache[shown].float() if len(model.cache) else u, shown)
+                writer.add_image("neighbors", draw(train, train.labels, shown, model, *rows), step)
             for name, value in values.items(): writer.add_scalar(name, value, step)
             if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
             line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -168,8 +168,7 @@ class ImageData(torch.utils.data.Dataset):
                 source = datasets.ImageFolder(root / ("train" if train else "val"))
                 (self.files, labels), self.read = zip(*source.samples), source.loader  # as RGB
             if name == "tinyimagenet" and not train:  # one folder of images, and a list of classes
-                rows = (root / "val/val_annotations.txt").read_text().splitlines()
-                class_of = dict(row.split("\t")[:2] for row in rows)
+                class_of = dict(x.split("\t")[:2] for x in open(root / "val/val_annotations.txt"))
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
@@ -177,8 +176,8 @@ class ImageData(torch.utils.data.Dataset):
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.images = None if images is None else images.to(device).contiguous()
         resize = T.Resize(size * 8 // 7 if size >= 96 else size)  # 256 for 224
-        self.test_crop = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
-        self.random_crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
+        self.center = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
+        self.crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
         if images is None and size < 96:
             every = torch.arange(len(labels)).split(256)
             self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
@@ -188,14 +187,12 @@ class ImageData(torch.utils.data.Dataset):
         try: image = self.read(self.files[index])
         except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
         torch.manual_seed(seed)
-        crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
-        return index, torch.stack(crops)
+        return index, torch.stack([self.crop(image) for _ in range(views)] or [self.center(image)])
     def batches(self, index_batches, views=0, seed=0, step=0, stride=1):
         """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b]. Files give crops drawn
         by seed and number (step, step + stride, ...), or with views = 0 the one for testing."""
         if self.images is not None:
-            for indices in index_batches:
-                indices = indices.to(self.device, non_blocking=True)
+            for indices in (x.to(self.device, non_blocking=True) for x in index_batches):
                 yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
             return
         items = ([(i, views, hash((seed, step + n * stride, i))) for i in batch.tolist()]
@@ -259,23 +256,15 @@ def adjust(images, operation, amount):
         other = (0, gray.mean((1, 2, 3), keepdim=True), gray)[operation]
         return (amount * images + (1 - amount) * other).clamp(0, 1)
     value = images.amax(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
-    safe = chroma.where(chroma > 0, 1)
-    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    hue = torch.where(value == r, (g - b) / safe, hue) + 6 * amount  # in sixths of a circle
+    chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)  # gray: 0 / 1e-12
+    hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
+    hue = torch.where(value == r, (g - b) / chroma, hue) + 6 * amount  # in sixths of a circle
     turn = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
     return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
 
-def gaussian_blur(images, sigma):
-    """Blur [n, 3, S, S] by sigma [n, 1, 1, 1] pixels, at an edge by the pixels inside."""
-    pixels = torch.arange(images.shape[-1], device=images.device)
-    weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # [n, 1, S, S]
-    return weights @ images @ weights.mT
-
 def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
-    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size].
-    scale: area of a random resized crop (None: whole); flip, gray, blur: probabilities; rotation:
-    degrees; jitter: as torchvision's, with probability 0.8. The defaults: the view for testing."""
+    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size]. What
+    the others mean, Args tells; scale is its crop_scale. The defaults give the view for testing."""
     (n, _, height, width), device = images.shape, images.device
     random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
     boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
@@ -289,7 +278,9 @@ def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), g
     if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
     if blur:
         sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
-        images = gaussian_blur(images, sigma)
+        pixels = torch.arange(size, device=device)
+        weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # Gaussian
+        images = weights @ images @ weights.mT  # at an edge, of the pixels inside
     rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
     return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
 # ---- features -----------------------------------------------------------------------------------
@@ -347,9 +338,8 @@ def all_features(net, sets, path, args):
     return features
 # ---- k-NN ---------------------------------------------------------------------------------------
 def nearest_neighbors(targets, bank, k, mask=None):
-    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, all
-    of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
-    missing. Raises ValueError if k > M."""
+    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], all of unit norm,
+    nearest first, where mask [M] or [B, M] is True; -1: no more. Raises ValueError if k > M."""
     if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
     similarities = targets @ bank.T  # [B, M]
     if mask is not None: similarities.masked_fill_(~mask, -math.inf)

@@ -53,13 +53,12 @@ class Args:
     objective: typing.Literal["mnn", "info-nce"] = "mnn"  # Distances, or a contrastive loss.
     hidden: int | None = None  # Width of the hidden layers of projector and predictor.
     bn_splits: int | None = None  # Parts of the whole batch, each with BatchNorm of its own.
-
-IMAGENET = dict(  # section 4 of MSF's paper
-    arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5, rotation=0,
-    jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
+# ---- recipes: IMAGENET is MSF's (section 4); what CIFAR and TINY change, MNN's (arXiv 2311.00562)
+IMAGENET = dict(arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), rotation=0,
+    flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
     momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
-CIFAR = IMAGENET | dict(bank_size=4096,  # lr, decay, warm-up, bank: MNN's, arXiv 2311.00562
-    arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5, weight_decay=5e-4)
+CIFAR = IMAGENET | dict(arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5,
+    weight_decay=5e-4, bank_size=4096)
 TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
 DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
     arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
@@ -71,10 +70,9 @@ FEW = dict(hidden=1024, epochs=36, batch_size=32, topk=20, bn_splits=1, warmup_e
 RECIPES = dict(digits=DIGITS | FEW, cifar10=CIFAR | SMALL, cifar100=CIFAR | SMALL,
                stl10=TINY | SMALL, tinyimagenet=TINY | SMALL, imagenet=LARGE,
                folder=LARGE | dict(bank_size=128_000))
-SHARES = "flip weak_flip gray blur jitter crop_scale momentum ema lam confidence".split()
-LIMITS = dict.fromkeys(SHARES, (0, 1)) | dict(  # the least and the most; else from 0 to 2^31
-    rotation=(0, 180), image_size=(8, 1024), num_workers=(0, 512), epochs=(1, 10**6), lr=(0, 1e38),
-    topk=(1, 2**16), bank_size=(1, 2**24), hidden=(1, 2**16), num_clusters=(1, 2**24))
+LIMITS = dict(rotation=(0, 180), image_size=(8, 1024), num_workers=(0, 512), epochs=(1, 10**6),
+    topk=(1, 2**16), bank_size=(1, 2**24), hidden=(1, 2**16), num_clusters=(1, 2**24), lr=(0, 1e38),
+    warmup_epochs=(0, 2**31), checkpoint_every_minutes=(0, 2**31))  # others: 0..1, whole 0..2^31
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
@@ -97,7 +95,7 @@ def resolve(args):
     args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
     for name, value in vars(args).items():
         for x in value if isinstance(value, tuple) else (value,):
-            least, most = LIMITS.get(name, (0, 2**31))
+            least, most = LIMITS.get(name, (0, 1 if isinstance(x, float) else 2**31))
             fits = not isinstance(x, (int, float)) or least <= x <= most  # false for NaN
             check(fits, f"--{name.replace('_', '-')} {x}: need {least} to {most}")
     name, size, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
@@ -133,8 +131,7 @@ class ImageData(torch.utils.data.Dataset):
                 source = datasets.ImageFolder(root / ("train" if train else "val"))
                 (self.files, labels), self.read = zip(*source.samples), source.loader  # as RGB
             if name == "tinyimagenet" and not train:  # one folder of images, and a list of classes
-                rows = (root / "val/val_annotations.txt").read_text().splitlines()
-                class_of = dict(row.split("\t")[:2] for row in rows)
+                class_of = dict(x.split("\t")[:2] for x in open(root / "val/val_annotations.txt"))
                 source.classes = sorted(set(class_of.values()))
                 labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
         except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
@@ -142,8 +139,8 @@ class ImageData(torch.utils.data.Dataset):
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.images = None if images is None else images.to(device).contiguous()
         resize = T.Resize(size * 8 // 7 if size >= 96 else size)  # 256 for 224
-        self.test_crop = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
-        self.random_crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
+        self.center = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
+        self.crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
         if images is None and size < 96:
             every = torch.arange(len(labels)).split(256)
             self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
@@ -153,14 +150,12 @@ class ImageData(torch.utils.data.Dataset):
         try: image = self.read(self.files[index])
         except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
         torch.manual_seed(seed)
-        crops = [self.random_crop(image) for _ in range(views)] or [self.test_crop(image)]
-        return index, torch.stack(crops)
+        return index, torch.stack([self.crop(image) for _ in range(views)] or [self.center(image)])
     def batches(self, index_batches, views=0, seed=0, step=0, stride=1):
         """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b]. Files give crops drawn
         by seed and number (step, step + stride, ...), or with views = 0 the one for testing."""
         if self.images is not None:
-            for indices in index_batches:
-                indices = indices.to(self.device, non_blocking=True)
+            for indices in (x.to(self.device, non_blocking=True) for x in index_batches):
                 yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
             return
         items = ([(i, views, hash((seed, step + n * stride, i))) for i in batch.tolist()]
@@ -206,23 +201,15 @@ def adjust(images, operation, amount):
         other = (0, gray.mean((1, 2, 3), keepdim=True), gray)[operation]
         return (amount * images + (1 - amount) * other).clamp(0, 1)
     value = images.amax(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
-    safe = chroma.where(chroma > 0, 1)
-    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    hue = torch.where(value == r, (g - b) / safe, hue) + 6 * amount  # in sixths of a circle
+    chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)  # gray: 0 / 1e-12
+    hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
+    hue = torch.where(value == r, (g - b) / chroma, hue) + 6 * amount  # in sixths of a circle
     turn = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
     return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
 
-def gaussian_blur(images, sigma):
-    """Blur [n, 3, S, S] by sigma [n, 1, 1, 1] pixels, at an edge by the pixels inside."""
-    pixels = torch.arange(images.shape[-1], device=images.device)
-    weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # [n, 1, S, S]
-    return weights @ images @ weights.mT
-
 def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
-    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size].
-    scale: area of a random resized crop (None: whole); flip, gray, blur: probabilities; rotation:
-    degrees; jitter: as torchvision's, with probability 0.8. The defaults: the view for testing."""
+    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size]. What
+    the others mean, Args tells; scale is its crop_scale. The defaults give the view for testing."""
     (n, _, height, width), device = images.shape, images.device
     random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
     boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
@@ -236,7 +223,9 @@ def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), g
     if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
     if blur:
         sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
-        images = gaussian_blur(images, sigma)
+        pixels = torch.arange(size, device=device)
+        weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # Gaussian
+        images = weights @ images @ weights.mT  # at an edge, of the pixels inside
     rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
     return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
 # ---- model --------------------------------------------------------------------------------------
@@ -289,9 +278,8 @@ def gather(tensor):
     return torch.cat(parts)
 # ---- the method ---------------------------------------------------------------------------------
 def nearest_neighbors(targets, bank, k, mask=None):
-    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], nearest first, all
-    of unit norm. Only rows where mask [M] or [B, M] is True are chosen; -1 stands for each that is
-    missing. Raises ValueError if k > M."""
+    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], all of unit norm,
+    nearest first, where mask [M] or [B, M] is True; -1: no more. Raises ValueError if k > M."""
     if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
     similarities = targets @ bank.T  # [B, M]
     if mask is not None: similarities.masked_fill_(~mask, -math.inf)
@@ -349,9 +337,7 @@ class MNN(nn.Module):
         """views: weak and strong [b, 3, S, S]; labels, indices [b] -> loss, metrics"""
         (weak, strong), args, sides = views, self.args, 1 + self.args.symmetric
         with torch.autocast("cuda", torch.bfloat16, enabled=args.amp and weak.is_cuda):
-            passes = [strong, weak][:sides]
-            if hasattr(self.online[1][1], "size"): passes = [torch.cat(passes)]  # same, but faster
-            outputs = torch.cat([self.predictor(self.online(view)) for view in passes])
+            outputs = [self.predictor(self.online(view)) for view in (strong, weak)[:sides]]
             with torch.no_grad():
                 weights = list(self.target.parameters()), list(self.online.parameters())
                 torch._foreach_lerp_(*weights, 1 - args.ema)  # g <- m g + (1 - m) f, weights only
@@ -359,8 +345,8 @@ class MNN(nn.Module):
                 targets = [F.normalize(u.float(), dim=1) for u in targets]  # [B, D] each
         rows, ids = self.bank.embeddings[: len(self.bank)], gather(indices)
         own, results, rng = indices[:, None] == ids, [], random.Random(args.seed + self.bank.pushed)
-        for q, every in zip(outputs.float().chunk(sides), targets):
-            u = every[own.int().argmax(1)]  # own [b, B], u [b, D]
+        for q, every in zip(outputs, targets):
+            q, u = q.float(), every[own.int().argmax(1)]  # [b, D]; own [b, B]
             lam = rng.random() if args.lam == "random" else args.lam  # the same on every process
             nearest = nearest_neighbors(u, rows, min(args.topk, len(rows)))  # [b, k]
             mixed = mix_neighbors(u, rows[nearest] if len(rows) else u[:, None], lam)  # M empty: u
@@ -369,13 +355,13 @@ class MNN(nn.Module):
             if args.objective == "mnn": loss = mnn_loss(q, u, mixed, args.weighting)
             else: loss = sum(info_nce(q, every, x, own) for x in positives)
             metrics = dict(purity=label_purity(self.bank.labels[nearest], labels))
-            metrics |= dict(similarity_target=F.cosine_similarity(q.detach(), u).mean())
-            close = F.cosine_similarity(q.detach()[:, None], mixed, dim=2).mean()
+            metrics |= dict(similarity_target=F.cosine_similarity(q, u).mean())
+            close = F.cosine_similarity(q[:, None], mixed, dim=2).mean()
             metrics |= dict(similarity_neighbors=close, spread=every.std(0).norm())
             results.append(torch.stack([loss, *metrics.values(), loss.new_full((), lam)]))
         self.bank.enqueue(targets[0], gather(labels), ids)
         loss, *means = torch.stack(results).mean(0)
-        return loss, {name: x.detach() for name, x in zip((*metrics, "lam"), means)}
+        return loss, dict(zip((*metrics, "lam"), means))
 # ---- monitoring and training --------------------------------------------------------------------
 @torch.no_grad()
 def embed(net, data, rows, args):
@@ -394,13 +380,24 @@ def knn_accuracy(backbone, train, test, args):
     votes = [labels[nearest_neighbors(q, bank, k)].mode(1).values for q in queries.split(1024)]
     return 100 * (torch.cat(votes) == test.labels).float().mean().item()
 
+def draw(data, labels, shown, model, *found):
+    """Picture uint8 [3, H, W]: images shown [n] of data, and beside each those of the bank's rows
+    found [n, k] (-1: none); framed green where labels [N] agree, red where not, or if unknown."""
+    indices = [model.bank.indices[rows].where(rows >= 0, -1) for rows in found]  # of images, [n, k]
+    images = torch.stack([torch.cat([shown[:, None], x], 1) for x in indices], 1).flatten(0, 1)
+    ((_, (tiles,), _),) = data.batches([images.flatten()])
+    right = (labels[images] == labels[images[:, :1]]) & (labels[images] >= 0)  # [R, 1 + k]
+    picture = 255 * F.one_hot(right.long(), 3)[:, :, :, None, None].repeat(1, 1, 1, 64, 64)
+    picture[..., 4:-4, 4:-4] = F.interpolate(tiles, 56).unflatten(0, images.shape)
+    picture[images < 0] = 0
+    return picture.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2).byte()
+
 def step_indices(n, args, start, rank, world):
     """The indices [b] of this process at every step from start on; each epoch has its own order."""
-    steps = n // args.batch_size
+    steps, rest = divmod(n, args.batch_size)
     for epoch in range(start // steps, args.epochs):
-        generator = torch.Generator().manual_seed(hash((args.seed, epoch)))
-        order = torch.randperm(n, generator=generator)[: steps * args.batch_size]
-        yield from order.view(steps, world, -1)[max(0, start - epoch * steps) :, rank]
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((args.seed, epoch))))
+        yield from order[: n - rest].view(steps, world, -1)[max(0, start - epoch * steps) :, rank]
 
 def main(args):
     """Train; returns the last mean "loss", the 20-NN accuracy "knn" (percent) and "checkpoint"."""
@@ -426,7 +423,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model = MNN(args).to(device, memory_format=torch.channels_last)
     network, optimizer = model, torch.optim.SGD(model.parameters(), fused=cuda)
-    start, steps = 0, n // args.batch_size  # steps of an epoch
+    start, steps, last = 0, n // args.batch_size, Path("runs", args.run_name, "last.pt")
     if checkpoint:
         try: model.load_state_dict(checkpoint["model"])
         except RuntimeError: check(False, f"{args.resume} fits other data, --arch, --stem, ...")
@@ -447,16 +444,14 @@ def main(args):
     weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
     strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
     if args.weak_flip is not None: weak_view["flip"] = args.weak_flip
-    last = Path("runs", args.run_name, "last.pt")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter, summary
         writer = SummaryWriter(last.parent, purge_step=start + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
         for part in summary.hparams(plain, dict(knn=0)): writer.file_writer.add_summary(part)
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
-    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
-    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun and schedulers may send them twice
-        signal.signal(number, lambda number, _: signals.append(number))
+    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1  # signals: caught
+    for x in (signal.SIGTERM, signal.SIGINT): signal.signal(x, lambda *_: signals.append(1))
     batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
     for step, (indices, views, labels) in enumerate(batches, start + 1):
         torch.manual_seed(hash((args.seed, step, rank)))
@@ -465,7 +460,7 @@ def main(args):
         views = [augment(view, **how) for view, how in zip(views, (weak_view, strong_view))]
         loss, metrics = network(views, labels, indices)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
-        history.append(torch.stack([loss.detach(), *metrics.values()]))
+        history.append(torch.stack([loss, *metrics.values()]).detach())
         if step % (args.log_every or steps) and step % steps: continue
         means = F.pad(torch.stack(history).mean(0), (0, 1), value=len(signals))
         if world > 1: dist.all_reduce(means)
@@ -476,6 +471,10 @@ def main(args):
         if rank == 0:
             if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
+                shown = torch.stack([x[0] for x in torch.where(train.labels >= 0)[0].chunk(12)])
+                u = embed(nn.Sequential(*model.target), train, shown, args)  # not compiled
+                rows = nearest_neighbors(u, model.bank.embeddings[: len(model.bank)], args.topk)
+                writer.add_image("neighbors", draw(train, train.labels, shown, model, rows), step)
             for name, value in values.items(): writer.add_scalar(name, value, step)
             if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
             line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())

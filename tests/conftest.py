@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import sys
@@ -32,6 +33,41 @@ def in_own_folder(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, where runs/ and data/ start out missing."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+
+
+def check_pictures(folder, steps, images, labels, rows):
+    """The pictures of neighbours in a run's event file: at these steps, the last one as loops draw it.
+    rows: lists of indices of images uint8 [N, 3, H, W]; the first is the one searched for, -1: none."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torchvision.transforms.functional import pil_to_tensor
+
+    events = EventAccumulator(folder, size_guidance=dict(images=0)).Reload()
+    assert events.Tags()["images"] == ["neighbors"]
+    events = events.Images("neighbors")
+    assert [event.step for event in events] == steps
+    picture = pil_to_tensor(Image.open(io.BytesIO(events[-1].encoded_image_string)))
+    assert picture.shape == (3, 64 * len(rows), 64 * len(rows[0]))
+    assert (events[-1].height, events[-1].width) == picture.shape[1:]
+    scale, green, red = 56 / images.shape[-1], [0, 255, 0], [255, 0, 0]
+    for r, row in enumerate(rows):
+        for c, index in enumerate(row):
+            tile = picture[:, 64 * r : 64 * (r + 1), 64 * c : 64 * (c + 1)]
+            if index < 0:
+                assert not tile.any(), (r, c)
+                continue
+            right = labels[index] == labels[row[0]] and labels[index] >= 0
+            for y, x in (0, 0), (3, 30), (63, 63), (33, 60):
+                assert tile[:, y, x].tolist() == (green if right else red), (r, c)
+            for y, x in (0, 0), (55, 55), (17, 30), (30, 3):
+                expected = images[index, :, int(y / scale), int(x / scale)]
+                assert torch.equal(tile[:, 4 + y, 4 + x], expected), (r, c)
+
+
+def first_of_twelve(known):
+    """The images that pictures show: of twelve equal parts of those with a label, the first."""
+    part = -(-len(known) // 12)
+    return known[::part]
 
 
 def stop_at(step, script, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import as_torchrun, stop_at
+from conftest import as_torchrun, check_pictures, first_of_twelve, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import TINY, data, write_folder
 from test_method import slow_loss, slow_neighbors, unit
@@ -207,14 +207,14 @@ def test_a_round_equals_the_recipe():
     model, _ = small_model(truth.where(torch.arange(300) < 290, -1), truth)
     model.cache[1:] = F.normalize(torch.randn(290, 128), dim=1)
     classifier = copy.deepcopy(model.classifier).train().requires_grad_(True)
-    torch.manual_seed(3)
-    model.train_classifier()
-    model.train_classifier()
-    torch.manual_seed(3)
+    for pushed in 100, 200:
+        model.bank.pushed = pushed
+        model.train_classifier()
     for number in range(20):
         if number % 10 == 0:
             velocity = [torch.zeros_like(p) for p in classifier.parameters()]
-        order = torch.randperm(290) + 1
+            generator = torch.Generator().manual_seed(100 if number == 0 else 200)
+        order = torch.randperm(290, generator=generator) + 1
         for batch in order[:145], order[145:]:
             scores = classifier(model.cache[batch])
             loss = -scores.log_softmax(1)[torch.arange(145), truth[batch - 1]].mean()
@@ -270,7 +270,8 @@ def test_before_the_first_round_unlabelled_images_are_plain_msf(monkeypatch):
     monkeypatch.setattr(cmsf_semi, "same_label_neighbors", record)
     monkeypatch.setattr(cmsf_semi.SemiCMSF, "train_classifier", train_and_record)
     cmsf_semi.main(cmsf_semi.Args(run_name="a", epochs=1, confidence=0.0))
-    assert len(steps) == 22
+    assert len(steps) == 22 + 1  # and one search for the picture
+    steps.pop()
     for free, plain in steps[:11]:
         assert plain[free].all() and (~free).sum() < 20
     assert all(not free.any() for free, _ in steps[11:])  # at confidence 0 every prediction counts
@@ -335,6 +336,20 @@ def test_a_run_returns_and_logs_what_it_promises(labels, capsys):
         values = [event.value for event in events.Scalars(tag)]
         # before the first pseudo-label there is no accuracy of them
         assert all(0 <= x <= 1 or tag == "pseudo_accuracy" and math.isnan(x) for x in values), tag
+
+    train, expected = data(), []
+    given = cmsf_semi.given_labels(labels, 0, train)
+    shown = first_of_twelve(torch.where(given >= 0)[0].tolist())
+    with torch.no_grad():
+        targets = F.normalize(model.target(cmsf_semi.augment(train.images[shown], 16)), dim=1)
+    for image, cosines in zip(shown, (targets.double() @ model.bank.embeddings.double().T).tolist()):
+        rows = sorted(range(1024), key=lambda j: -cosines[j])
+        same = [j for j in rows if model.bank.labels[j] == given[image]][:10]
+        for chosen in same, rows[:10]:
+            images = [model.bank.indices[j].item() for j in chosen]
+            expected.append([image, *images, *[-1] * (10 - len(images))])
+    check_pictures("runs/a", [44], train.images, train.labels, expected)
+    assert labels == "10pct" or any(-1 in row for row in expected)
 
 
 def test_resume_continues_bit_for_bit(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, as_torchrun, stop_at
+from conftest import ROOT, as_torchrun, check_pictures, first_of_twelve, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import TINY, write_folder
 from test_method import slow_loss, slow_neighbors, unit
@@ -60,16 +60,16 @@ def test_impossible_numbers_of_neighbours_are_errors():
 
 
 def slow_kmeans(points, num_clusters, rounds, draws):
-    """Spherical k-means in loops; draws: for each round the rows at which clusters (re)start."""
-    centers = [points[j].tolist() for j in draws[0]]
-    for row in range(rounds):
+    """Spherical k-means in loops; draws: the rows at which the clusters start."""
+    centers = [points[j].tolist() for j in draws]
+    for _ in range(rounds):
         clusters, sums = [], [[0.0] * points.shape[1] for _ in centers]
         for point in points.tolist():
             cosines = [sum(a * b for a, b in zip(point, center)) for center in centers]
             clusters.append(cosines.index(max(cosines)))
             sums[clusters[-1]] = [a + b for a, b in zip(sums[clusters[-1]], point)]
         for c, total in enumerate(sums):
-            total = total if c in clusters and any(total) else points[draws[row + 1][c]].tolist()
+            total = total if c in clusters and any(total) else centers[c]
             norm = sum(a * a for a in total) ** 0.5
             centers[c] = [a / max(norm, 1e-12) for a in total]
     return clusters
@@ -83,7 +83,7 @@ def test_kmeans_equals_loops(n, num_clusters):
         points[7] = points[37] = 0  # images that have no embedding yet
     known = points.any(1)
     torch.manual_seed(5)
-    draws = [torch.randint(known.sum(), (num_clusters,)).tolist() for _ in range(4)]
+    draws = torch.randint(known.sum(), (num_clusters,)).tolist()
     expected = slow_kmeans(points[known].float().double(), num_clusters, 3, draws)
     torch.manual_seed(5)
     found = cmsf_ssl.spherical_kmeans(points.float(), num_clusters, rounds=3)
@@ -256,6 +256,30 @@ def test_what_a_run_logs(constraint):
     if constraint != "third-view":  # plain MSF: ranks 0 to 4
         assert first.min == 0 and first.max == 4 and medians[0].value == 2
     assert second.max > 4 and second.num > 200
+
+    run = load("a")
+    args = cmsf_ssl.Args(**run["args"])
+    data, model = cmsf_ssl.ImageData(args, True, torch.device("cpu")), cmsf_ssl.CMSF(args, 1437)
+    model.load_state_dict(run["model"])
+    shown, expected = first_of_twelve(list(range(1437))), []
+    with torch.no_grad():
+        targets = F.normalize(model.target.eval()(cmsf_ssl.augment(data.images[shown], 16)), dim=1)
+    bank, other_bank = model.bank.embeddings.chunk(2, dim=1)
+    images = model.bank.indices.tolist()
+    for image, target in zip(shown, targets):
+        nearest = slow_neighbors(target[None], bank, 5)[0].tolist()
+        if constraint == "kmeans":
+            known = [model.clusters[j] == model.clusters[image] for j in images]
+            found, _ = slow_constrained(target, bank, target, bank, 5, 1024, known)
+        else:
+            other = target if constraint == "third-view" else model.cache[image]
+            found, _ = slow_constrained(target, bank, other, other_bank, 5, 10, other_bank.any(1).tolist())
+        if constraint != "third-view" and not model.cache[image].any():  # never seen: plain MSF
+            found = nearest
+        expected.append([image, *(images[j] for j in found), *[-1] * (5 - len(found))])
+        expected.append([image, *(images[j] for j in nearest)])
+    assert expected[::2] != expected[1::2]
+    check_pictures("runs/a", [44], data.images, data.labels, expected)
 
 
 def test_fewer_candidates_than_neighbours_is_an_error_but_for_kmeans():

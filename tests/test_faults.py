@@ -48,7 +48,7 @@ def test_images_of_every_mode_come_out_as_rgb(size):
     assert torch.cat([labels for _, _, labels in batches]).tolist() == [0] * 8 + [1] * 8
     for path, image in zip(split.files, images):
         with Image.open(path) as file:
-            expected = split.test_crop(file.convert("RGB"))
+            expected = split.center(file.convert("RGB"))
         assert torch.equal(image, expected), path
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import as_torchrun, stop_at
+from conftest import as_torchrun, check_pictures, first_of_twelve, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import write_cifar, write_stl10, write_tinyimagenet
 from test_method import slow_loss, slow_neighbors, unit
@@ -312,6 +312,18 @@ def test_a_run_leaves_a_plain_backbone_and_logs(monkeypatch):
     backbone.load_state_dict(torch.load("runs/a/backbone.pt", weights_only=True), strict=True)
     tags = EventAccumulator("runs/a").Reload().Tags()["scalars"]
     assert {"loss", "purity", "lam", "knn"} <= set(tags)
+
+    monkeypatch.setattr(mnn, "augment", augment)
+    run = torch.load("runs/a/last.pt", weights_only=True)
+    args = mnn.Args(**run["args"])
+    data, model = mnn.ImageData(args, True, torch.device("cpu")), mnn.MNN(args)
+    model.load_state_dict(run["model"])
+    shown = first_of_twelve(list(range(1437)))
+    with torch.no_grad():
+        targets = F.normalize(model.target.eval()(mnn.augment(data.images[shown], 16)), dim=1)
+    order = (targets.double() @ model.bank.embeddings.double().T).argsort(1, descending=True)
+    rows = [[i, *model.bank.indices[best[: args.topk]].tolist()] for i, best in zip(shown, order)]
+    check_pictures("runs/a", [22], data.images, data.labels, rows)
 
 
 def test_a_checkpoint_of_another_script_is_refused_in_one_line():

@@ -53,8 +53,8 @@ def test_the_constraint_in_the_readme_trains():
     at_init, in_forward = (part.splitlines()[1:] for part in block.strip().split("\n\n"))
     source = (ROOT / "msf.py").read_text()
     for pattern, lines, keep in (
-        (r"( {8}self\.bank = MemoryBank.*\n {8}self\.args = args\n)", at_init, r"\1"),
-        (r" {8}neighbors = nearest_neighbors(?:.*\n)+? {8}purity = .*\n", in_forward, ""),
+        (r"( {8}self\.args, self\.bank = .*\n)", at_init, r"\1"),
+        (r" {8}neighbors = nearest_neighbors(?:.*\n)+? {8}pure = .*\n", in_forward, ""),
     ):
         text = keep + "".join(f"        {line}\n" for line in lines).replace("\\", r"\\")
         source, count = re.subn(pattern, text, source)

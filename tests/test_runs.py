@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import tyro
-from conftest import ROOT, as_torchrun, stop_at
+from conftest import ROOT, as_torchrun, check_pictures, first_of_twelve, stop_at
 
 import cmsf_semi
 import cmsf_ssl
@@ -76,6 +77,16 @@ def test_a_run_leaves_what_it_promises():
     written = plugin_data_pb2.HParamsPluginData.FromString(written).session_start_info.hparams
     assert written["lr"].number_value == 0.1 and written["arch"].string_value == "resnet10"
     assert written.keys() == run["args"].keys()
+
+    args, _ = msf.resolve(msf.Args(run_name="b"))
+    data, model = msf.ImageData(args, True, torch.device("cpu")), msf.MSF(args)
+    model.load_state_dict(run["model"])
+    shown = first_of_twelve(list(range(1437)))
+    with torch.no_grad():
+        targets = F.normalize(model.target.eval()(msf.augment(data.images[shown], 16)), dim=1)
+    order = (targets.double() @ model.bank.embeddings.double().T).argsort(1, descending=True)[:, :5]
+    rows = [[i, *model.bank.indices[best].tolist()] for i, best in zip(shown, order)]
+    check_pictures("runs/a", [22, 44], data.images, data.labels, rows)
 
     judged = eval_linear.main(eval_linear.Args(checkpoint="runs/a/last.pt", epochs=3))
     assert judged["20-NN"] == pytest.approx(result["knn"], abs=0.3)

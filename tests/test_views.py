@@ -79,28 +79,36 @@ def test_colour_operations_have_the_pixels_of_torchvision(operation):
         torch.testing.assert_close(view, expected, atol=2e-5, rtol=0)
 
 
+def blurred(images, sigmas, monkeypatch, blur=1.0):
+    """Views of uint8 images, where the random numbers drawn are those that stand for sigmas."""
+    numbers = (torch.tensor(sigmas) - 0.1) / 1.9
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: numbers.view(shape))
+    return restore(msf.augment(images, images.shape[-1], blur=blur))
+
+
 @pytest.mark.parametrize("size", [32, 224])
-def test_blur_has_the_pixels_of_torchvision_away_from_edges(size):
-    images = pictures(4, size, size) / 255
-    sigmas = torch.tensor([0.1, 0.7, 2.0, 1e-3])
-    views = msf.gaussian_blur(images, sigmas.view(4, 1, 1, 1))
-    for image, view, sigma in zip(images, views, sigmas[:3]):
-        expected = TF.gaussian_blur(image, [25, 25], [sigma.item()] * 2)  # 6 sigma either way
+def test_blur_has_the_pixels_of_torchvision_away_from_edges(size, monkeypatch):
+    images, sigmas = pictures(4, size, size)[1:], [0.1, 0.7, 1.99]
+    views = blurred(images, sigmas, monkeypatch)
+    for image, view, sigma in zip(images / 255, views, sigmas):
+        expected = TF.gaussian_blur(image, [25, 25], [sigma] * 2)  # 6 sigma either way
         inside = slice(12, size - 12)
-        torch.testing.assert_close(view[:, inside, inside], expected[:, inside, inside], atol=1e-5, rtol=0)
-    torch.testing.assert_close(views[3], images[3], atol=1e-6, rtol=0)  # no blur
+        torch.testing.assert_close(view[:, inside, inside], expected[:, inside, inside], atol=2e-5, rtol=0)
+    views = blurred(images, sigmas, monkeypatch, blur=0.5)  # 0, 0.32 and 0.99 are drawn: not the last
+    assert (views[1] - images[1] / 255).abs().max() > 0.01
+    torch.testing.assert_close(views[2], images[2] / 255, atol=1e-5, rtol=0)
 
 
-def test_blur_at_an_edge_averages_the_pixels_that_there_are():
-    image, sigma = torch.rand(3, 5, 5, dtype=torch.float64), 1.3
-    view = msf.gaussian_blur(image[None], torch.full((1, 1, 1, 1), sigma, dtype=torch.float64))[0]
+def test_blur_at_an_edge_averages_the_pixels_that_there_are(monkeypatch):
+    images, sigma = torch.randint(0, 256, (1, 3, 5, 5), dtype=torch.uint8), 1.3
+    (view,), image = blurred(images, [sigma], monkeypatch).double(), images[0].double() / 255
     for row, column in (0, 0), (4, 2), (2, 2), (3, 4):
         total, weights = torch.zeros(3, dtype=torch.float64), 0.0
         for y in range(5):
             for x in range(5):
                 weight = math.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * sigma**2))
                 total, weights = total + weight * image[:, y, x], weights + weight
-        torch.testing.assert_close(view[:, row, column], total / weights)
+        torch.testing.assert_close(view[:, row, column], total / weights, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("height, width, scale", [(32, 32, (0.2, 1.0)), (40, 90, (0.08, 0.9))])
