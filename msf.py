@@ -60,7 +60,7 @@ RECIPES = dict(digits=DIGITS, cifar10=CIFAR, cifar100=CIFAR, stl10=TINY, tinyima
                imagenet=IMAGENET, folder=IMAGENET | dict(bank_size=128_000))
 LIMITS = dict(rotation=(0, 180), image_size=(8, 1024), num_workers=(0, 512), epochs=(1, 10**6),
     topk=(1, 2**16), bank_size=(1, 2**24), hidden=(1, 2**16), num_clusters=(1, 2**24), lr=(0, 1e38),
-    warmup_epochs=(0, 2**31), checkpoint_every_minutes=(0, 2**31))  # others: 0..1, whole 0..2^31
+    warmup_epochs=(0, 2**31), checkpoint_every_minutes=(0, 2**31))  # else: float 0..1, int 0..2^31
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""
@@ -386,7 +386,7 @@ def main(args):
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
         for part in summary.hparams(plain, dict(knn=0)): writer.file_writer.add_summary(part)
         print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
-    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1  # signals: caught
+    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
     for x in (signal.SIGTERM, signal.SIGINT): signal.signal(x, lambda *_: signals.append(1))
     batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
     for step, (indices, views, labels) in enumerate(batches, start + 1):
@@ -408,7 +408,7 @@ def main(args):
             if step == end or step % (steps * args.knn_every or end) == 0 and not done:
                 values["knn"] = knn_accuracy(model.online[0], train, test, args)
                 shown = torch.stack([x[0] for x in torch.where(train.labels >= 0)[0].chunk(12)])
-                u = embed(nn.Sequential(*model.target), train, shown, args)  # not compiled
+                u = embed(nn.Sequential(*model.target), train, shown, args)  # without --compile
                 rows = nearest_neighbors(u, model.bank.embeddings[: len(model.bank)], args.topk)
                 writer.add_image("neighbors", draw(train, train.labels, shown, model, rows), step)
             for name, value in values.items(): writer.add_scalar(name, value, step)
