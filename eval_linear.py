@@ -24,7 +24,8 @@ class Args:
     checkpoint: str | None = None  # A last.pt of these scripts, or a file with a ResNet's weights.
     baseline: typing.Literal["raw", "random"] | None = None  # Pixels, or an untrained network.
     prefix: str | None = None  # What the backbone's names begin with, if a file has several.
-    dataset: str | None = None  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder.
+    # One of digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder.
+    dataset: str | None = None
     data_dir: str | None = None  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
     num_workers: int = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # Readers of images.
     image_size: int | None = None  # Side of the input in pixels; below 96, files are shrunk to it.
@@ -48,7 +49,7 @@ AT_64 = AT_32 | dict(stem="small-pool", image_size=64)
 AT_16 = AT_32 | dict(arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1),
                      flip=0, rotation=10)
 RECIPES = dict(digits=AT_16, cifar10=AT_32, cifar100=AT_32, stl10=AT_64, tinyimagenet=AT_64,
-               imagenet=AT_224, folder=AT_224)
+               imagenet=AT_224, folder=AT_224) | {"small-folder": AT_64}
 
 def check(condition, message):
     """Stop with one line on the terminal unless the condition holds."""

@@ -82,7 +82,8 @@ def train_and_judge(method, seed, args):
     heads = ["--hidden", "1024"] if script == "mnn" else []  # as wide as the other methods' on these networks
     epochs = args.epochs or (200 if small else 40)
     command = [f"{script}.py", *words, *heads, *data, *(small or DIGITS.split()), "--epochs", str(epochs)]
-    output, seconds = call([*command, "--run-name", name, "--resume", "auto", "--knn-every", "0"], args)
+    resume = ["--knn-every", "1000"] if script == "msf" else ["--resume", "auto", "--knn-every", "0"]
+    output, seconds = call([*command, "--run-name", name, *resume], args)
     call(["eval_linear.py", "--checkpoint", f"runs/{name}/last.pt", "--data-dir", args.data_dir], args)
     result = json.loads(Path("runs", name, "eval.json").read_text())["top1"] | dict(seconds=seconds)
     found = re.findall(r"classifier ([\d.]+)", output)

@@ -1,4 +1,4 @@
-"""Mixed nearest neighbours: mix and losses in loops, split BatchNorm, a step, recipes and runs."""
+"""Mixed nearest neighbours: mix and losses in loops, split BatchNorm, a step and a run."""
 
 import copy
 import math
@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import tyro
-from conftest import as_torchrun, check_pictures, first_of_twelve, stop_at
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_faults import write_cifar, write_stl10, write_tinyimagenet
-from test_method import slow_loss, slow_neighbors, unit
-from test_runs import assert_same_state, load
 from torch import nn
 
+import cmsf_ssl
 import mnn
-import msf
+
+from .conftest import slow_loss, slow_neighbors, train_stop_and_resume, unit
 
 
 def slow_mix(target, neighbor, lam):
@@ -65,15 +61,6 @@ def test_the_loss_weights_target_and_neighbours_as_the_paper_says(lam):
     own = slow_loss(queries, targets[:, None], torch.ones(6, 1, dtype=torch.bool))
     others = slow_loss(queries, neighbors, torch.ones(6, 5, dtype=torch.bool))
     assert loss.item() == pytest.approx((2 - lam) * own + lam * others, abs=1e-6)
-
-
-def test_without_mixing_and_weighting_it_is_the_loss_of_mean_shift():
-    queries, targets, neighbors = unit(6, 8), unit(6, 8), unit(30, 8).view(6, 5, 8)
-    queries.requires_grad_(True)
-    mixed = mnn.mix_neighbors(targets, neighbors, 1.0)
-    losses = mnn.mnn_loss(queries, targets, mixed, False), msf.mean_shift_loss(queries, neighbors)
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, queries)[0] for loss in losses))
 
 
 @pytest.mark.parametrize("b, k", [(1, 1), (6, 5)])
@@ -244,21 +231,6 @@ def test_a_step_equals_the_paper(given):
     assert args.lam != "random" or len(set(lams)) == 8 and 0 < min(lams) < max(lams) < 1
 
 
-def test_one_sided_without_mixing_and_weighting_a_step_is_msf_over_the_same_neighbours(monkeypatch):
-    model, args = small_model(lam=1.0, weighting=False, symmetric=False)
-    seen, search = [], mnn.nearest_neighbors
-    monkeypatch.setattr(mnn, "nearest_neighbors", lambda *x: seen.append(search(*x)) or seen[-1])
-    for step in range(4):
-        views, indices = torch.randn(2, 8, 3, 16, 16), torch.arange(8) + 8 * (step % 3)
-        rows = model.bank.embeddings[: len(model.bank)].clone()
-        frozen = copy.deepcopy(model)
-        loss, _ = model(list(views), torch.zeros(8).long(), indices)
-        if step:
-            queries = frozen.predictor(frozen.online(views[1]))
-            torch.testing.assert_close(loss, msf.mean_shift_loss(queries, rows[seen[-1]]))
-            assert seen[-1].max() < len(rows)  # rows from before the step
-
-
 def test_splits_and_weights_that_cannot_work_are_one_line(monkeypatch):
     for given in (dict(lam=1.5), dict(lam=-0.1), dict(lam=math.nan), dict(bn_splits=0),
                   dict(bn_splits=3), dict(bn_splits=64), dict(bn_splits=-2)):
@@ -270,131 +242,13 @@ def test_splits_and_weights_that_cannot_work_are_one_line(monkeypatch):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "tinyimagenet"])
-def test_every_published_recipe_starts(name, monkeypatch):
-    """Two steps and an evaluation on a stand-in of the data set as it is distributed."""
-    recipe = mnn.RECIPES[name]
-    large = name in ("stl10", "tinyimagenet")
-    assert recipe["arch"] == "resnet18" and recipe["image_size"] == (64 if large else 32)
-    assert recipe["stem"] == ("small-pool" if large else "small") and recipe["weak_flip"] == 0.9
-    assert recipe["ema"] == (0.996 if large else 0.99) and recipe["lr"] == 0.06
-    assert recipe["bank_size"] == (16_384 if large else 4096) and recipe["bn_splits"] == 8
-    assert (recipe["topk"], recipe["batch_size"], recipe["epochs"]) == (5, 256, 200)
-    assert (recipe["momentum"], recipe["weight_decay"], recipe["warmup_epochs"]) == (0.9, 5e-4, 5)
-    given = dict(dataset=name, num_workers=1)
-    if name == "tinyimagenet":
-        write_tinyimagenet("tiny", each=16)
-        given["data_dir"] = "tiny"
-    elif name == "stl10":
-        write_stl10(16, monkeypatch)
-    else:
-        write_cifar(name, 32 if name == "cifar100" else 8, monkeypatch)
-    given["objective"] = "info-nce" if name == "cifar100" else "mnn"
-    result = mnn.main(mnn.Args(run_name="a", epochs=1, batch_size=16, bn_splits=8, **given))
-    assert load("a")["step"] == 2 and 0 < result["loss"] < 8 and 0 <= result["knn"] <= 100
-    assert load("a")["model"]["bank.embeddings"].shape == (recipe["bank_size"], 128)
-    assert load("a")["model"]["predictor.0.weight"].shape == (2048, 128)
+def test_without_mixing_and_weighting_it_is_the_loss_of_mean_shift():
+    queries, targets, neighbors = unit(6, 8), unit(6, 8), unit(30, 8).view(6, 5, 8)
+    loss = mnn.mnn_loss(queries, targets, mnn.mix_neighbors(targets, neighbors, 1.0), False)
+    torch.testing.assert_close(loss, cmsf_ssl.mean_shift_loss(queries, neighbors))
 
 
-def test_a_run_leaves_a_plain_backbone_and_logs(monkeypatch):
-    flips, augment = [], mnn.augment
-
-    def record(images, size, flip=0, **how):
-        flips.append((flip, any(how.get("jitter", ()))))
-        return augment(images, size, flip=flip, **how)
-
-    monkeypatch.setattr(mnn, "augment", record)
-    words = "--run-name a --epochs 1 --batch-size 64 --flip 0.25 --weak-flip 0.75 --lam 0.5 --no-symmetric".split()
-    result = mnn.main(tyro.cli(mnn.Args, args=words))
-    assert {(0.75, False), (0.25, True), (0, False)} == set(flips)  # weak, strong, for testing
-    assert 0 < result["loss"] < 4 and result["lam"] == 0.5 and result["knn"] > 50
-    backbone, _ = mnn.encoder("resnet10", "small-stride")
-    backbone.load_state_dict(torch.load("runs/a/backbone.pt", weights_only=True), strict=True)
-    tags = EventAccumulator("runs/a").Reload().Tags()["scalars"]
-    assert {"loss", "purity", "lam", "knn"} <= set(tags)
-
-    monkeypatch.setattr(mnn, "augment", augment)
-    run = torch.load("runs/a/last.pt", weights_only=True)
-    args = mnn.Args(**run["args"])
-    data, model = mnn.ImageData(args, True, torch.device("cpu")), mnn.MNN(args)
-    model.load_state_dict(run["model"])
-    shown = first_of_twelve(list(range(1437)))
-    with torch.no_grad():
-        targets = F.normalize(model.target.eval()(mnn.augment(data.images[shown], 16)), dim=1)
-    order = (targets.double() @ model.bank.embeddings.double().T).argsort(1, descending=True)
-    rows = [[i, *model.bank.indices[best[: args.topk]].tolist()] for i, best in zip(shown, order)]
-    check_pictures("runs/a", [22], data.images, data.labels, rows)
-
-
-def test_a_checkpoint_of_another_script_is_refused_in_one_line():
-    """Also where all its tensors would fit, as those of msf.py on digits do."""
-    msf.main(msf.Args(run_name="a", epochs=1, knn_every=0))
-    with pytest.raises(SystemExit, match=r"^error: cannot resume from runs/a/last.pt: [^\n]*of another script[^\n]*$"):
-        mnn.main(mnn.Args(resume="runs/a/last.pt"))
-
-
-def test_resume_continues_bit_for_bit(monkeypatch):
-    mnn.main(mnn.Args(run_name="whole", epochs=1, batch_size=64, bn_splits=2))
-    stop_at(9, mnn, monkeypatch)
-    with pytest.raises(SystemExit, match="stopped at step 10"):
-        mnn.main(mnn.Args(run_name="parts", epochs=1, batch_size=64, bn_splits=2))
-    mnn.main(mnn.Args(resume="runs/parts/last.pt"))
-    assert_same_state(load("whole"), load("parts"))
-
-
-def train_on_parts(rank, world, folder):
-    """Three steps of 32 images; BatchNorm in training mode, over four parts of eight images."""
-    if world > 1:
-        store = f"file://{folder}/store"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    for objective in ("mnn", "info-nce"):
-        torch.manual_seed(0)
-        model, _ = small_model(objective=objective, bn_splits=4, batch_size=32, bank_size=80)
-        split(model, 8)
-        network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        network.broadcast_buffers = False
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
-        results, share = [], slice(rank * 32 // world, (rank + 1) * 32 // world)
-        for step in range(3):
-            views, indices = torch.randn(2, 32, 3, 16, 16), torch.arange(32) + 32 * step
-            loss, metrics = network(list(views[:, share]), indices[share] % 3, indices[share])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            results.append(torch.stack([loss.detach(), metrics["lam"]]))
-        kept = dict(results=torch.stack(results), model=model.state_dict())
-        torch.save(kept, f"{folder}/{objective}-{world}-{rank}.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
-
-
-def test_two_processes_compute_what_one_does(one_and_two, tmp_path):
-    one_and_two(train_on_parts)
-    for objective in ("mnn", "info-nce"):
-        names = (f"{objective}-{end}.pt" for end in ("1-0", "2-0", "2-1"))
-        one, first, second = (torch.load(tmp_path / name) for name in names)
-        for name, value in first["model"].items():
-            if "running" not in name:  # over the parts of each process
-                assert torch.equal(value, second["model"][name]), name
-                torch.testing.assert_close(value, one["model"][name], atol=1e-3, rtol=1e-2)
-        means = (first["results"] + second["results"]) / 2
-        torch.testing.assert_close(means, one["results"], atol=1e-4, rtol=1e-3)
-
-
-def train_and_keep(rank, world, folder):
-    """main as torchrun starts it; every process writes down its model."""
-    as_torchrun(rank, world, 29537)
-    models, build = [], mnn.MNN
-    mnn.MNN = lambda *args: models.append(build(*args)) or models[0]
-    mnn.main(mnn.Args(run_name="two", epochs=1, batch_size=64, bn_splits=4))
-    mnn.MNN = build
-    torch.save(models[0].state_dict(), f"rank{rank}.pt")
-    assert models[0].target[1][1].size == 16  # four parts of a batch of 64
-
-
-def test_processes_stay_in_step(one_and_two):
-    one_and_two(train_and_keep, alone=False)
-    first, second = (torch.load(f"rank{rank}.pt") for rank in range(2))
-    assert first["bank.indices"].unique().numel() == 1024
-    for name, value in first.items():  # BatchNorm's running statistics are each process's own
-        assert torch.equal(value, second[name]) or "running" in name, name
+def test_a_run_resumes_bit_for_bit(few_digits, monkeypatch):
+    result, run = train_stop_and_resume(mnn, monkeypatch, bn_splits=2)
+    assert 0 < result["lam"] < 1 and result["knn"] > 40
+    assert run["model"]["bank.embeddings"].shape == (50, 128)

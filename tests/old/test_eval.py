@@ -1,5 +1,6 @@
-"""eval_linear.py: every kind of file, its judges against loops, several processes, and refusals."""
+"""eval_linear.py: every kind of file, its judges against loops, checkpoints of all, refusals."""
 
+import dataclasses
 import json
 import math
 import os
@@ -9,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import as_torchrun
-from test_faults import write_folder
 from torch import nn
 
-import cmsf_semi
+import cmsf_ssl
 import eval_linear
 import msf
+
+from .conftest import data, write_folder
 
 
 def torchvision_net(arch="resnet18", classes=7):
@@ -95,11 +96,12 @@ def test_a_prefix_chooses_among_networks():
         load("two.pt", "c.")
 
 
-def own_checkpoint(path="runs/a/last.pt", script=msf, **given):
-    args, _ = script.resolve(script.Args(**given))
-    model = script.MSF(args)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(step=7, pushed=0, args=vars(args), model=model.state_dict()), path)
+def own_checkpoint(**given):
+    args, _ = cmsf_ssl.resolve(cmsf_ssl.Args(**given))
+    model = cmsf_ssl.CMSF(args, 1437)
+    Path("runs/a").mkdir(parents=True)
+    state = dict(step=7, pushed=0, args=vars(args), model=model.state_dict())
+    torch.save(state, "runs/a/last.pt")
     return model
 
 
@@ -210,25 +212,6 @@ def test_arguments_that_cannot_work_are_refused_in_one_line(given, message):
         judge(**given)
 
 
-def test_knn_of_raw_pixels_with_all_labels_and_with_a_share():
-    """methods.md's figure for 1-NN on raw pixels; a share of the labels against loops."""
-    assert judge(baseline="raw", epochs=0)["1-NN"] == pytest.approx(95.28, abs=0.01)
-    few = judge(baseline="raw", epochs=0, labels="3pct")
-    args, *_ = eval_linear.complete(eval_linear.Args(baseline="raw"))
-    train, test = (eval_linear.ImageData(args, split, torch.device("cpu")) for split in (True, False))
-    given = cmsf_semi.given_labels("3pct", 0, train)
-    rows = (given >= 0).nonzero()[:, 0].tolist()
-    pixels, queries = ((x.images.flatten(1) / 255.0).double() for x in (train, test))
-    right = 0
-    for query, label in zip(queries, test.labels.tolist()):
-        cosines = [F.cosine_similarity(query, pixels[row], dim=0).item() for row in rows]
-        right += train.labels[rows[cosines.index(max(cosines))]].item() == label
-    assert few["1-NN"] == pytest.approx(100 * right / len(queries), abs=1e-3)
-    record = json.loads(Path("runs/raw-digits-0/eval-3pct.json").read_text())
-    assert record["top1"] == few and record["labelled"] == len(rows) and record["test"] == 360
-    assert Path("runs/raw-digits-0/eval.json").exists()
-
-
 @pytest.mark.parametrize("protocol", ["scaled", "raw"])
 def test_linear_probe_equals_its_definition(protocol):
     """SGD with momentum, weight decay, Nesterov and steps of lr written out, in float64."""
@@ -276,127 +259,6 @@ def test_linear_probe_equals_its_definition(protocol):
             assert not torch.equal(found, (queries @ w.T + b).argmax(1))
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_fine_tuning_keeps_the_projector_and_trains_everything(capsys, monkeypatch):
-    model, features = own_checkpoint(), torch.randn(9, 512)
-    weights, *_ = eval_linear.read_weights("runs/a/last.pt")
-    projector = nn.Sequential(*eval_linear.read_projector(weights, "online.1.")).eval()
-    assert torch.equal(projector(features), model.online[1].eval()(features))
-
-    seen, train_epochs = [], eval_linear.train_epochs
-    def record(batches, network, *rest, **options):
-        seen.append((network, options))
-        return train_epochs(batches, network, *rest, **options)
-    monkeypatch.setattr(eval_linear, "train_epochs", record)
-    given = dict(checkpoint="runs/a/last.pt", fine_tune=True, labels="20pct")
-    result = judge(epochs=6, lr=0.05, batch_size=32, **given)
-    (net, _), = seen
-    assert [type(part) for part in net[1:]] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Linear]
-    for before, after in ((model.online[0], net[0]), (model.online[1], net[1:5])):
-        for a, b in zip(before.parameters(), after.parameters()):
-            assert not torch.equal(a, b)  # all are trained
-    assert set(result) == {"fine-tuned"} and result["fine-tuned"] > 60
-    assert "no projector" not in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="BatchNorm needs 2 images"):
-        judge(batch_size=1, **given)
-    record = json.loads(Path("runs/a/eval-20pct-fine-tuned.json").read_text())
-    assert record["top1"] == result and record["labelled"] == 288
-    torch.save({"model": model.online[0].state_dict()}, "backbone.pt")
-    judge(checkpoint="backbone.pt", dataset="digits", fine_tune=True, labels="2pct", epochs=1)
-    assert "no projector" in capsys.readouterr().out
-
-
-def test_features_are_cached_and_made_anew_for_other_weights(monkeypatch):
-    own_checkpoint()
-    given = dict(checkpoint="runs/a/last.pt", cache_features=True, epochs=2)
-    first = judge(**given)
-    original = eval_linear.passes
-    monkeypatch.setattr(eval_linear, "passes", lambda *_: pytest.fail("the cache is not used"))
-    assert judge(**given) == first
-    some = judge(**given, labels="10pct")
-    monkeypatch.setattr(eval_linear, "passes", original)
-    alone = judge(checkpoint="runs/a/last.pt", labels="10pct", epochs=0)
-    assert {k: some[k] for k in alone} == alone
-    own_checkpoint(seed=0)  # other random weights
-    other = judge(**given)
-    wider = judge(**given, stem="small")  # the same tensors, other strides
-    assert wider == judge(checkpoint="runs/a/last.pt", stem="small", epochs=0) | wider
-    Path("runs/a/features.pt").write_bytes(b"damaged")
-    assert judge(**given) == other != first
-
-
-def test_what_is_logged_and_shown_in_the_projector(capsys):
-    result = judge(baseline="random", epochs=1, projector=True, seed=3)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = Path("runs/random-digits-3")
-    events = EventAccumulator(str(folder)).Reload()
-    assert set(events.Tags()["scalars"]) == {f"eval/{judge}" for judge in result}
-    assert events.Scalars("eval/20-NN")[0].value == pytest.approx(result["20-NN"])
-    (vectors,) = folder.rglob("tensors.tsv")
-    assert len(vectors.read_text().splitlines()) == 360
-    assert len((vectors.parent / "metadata.tsv").read_text().splitlines()) == 360
-    from PIL import Image
-
-    assert Image.open(vectors.parent / "sprite.png").size == (19 * 16, 19 * 16)
-    assert f"    linear {result['linear']:6.2f}" in capsys.readouterr().out
-
-
-FOLDER = dict(baseline="random", dataset="folder", data_dir="d", arch="resnet10", stem="small-pool")
-FOLDER |= dict(epochs=3, batch_size=4, num_workers=1)
-
-
-def judge_folder(rank, world, folder):
-    """Files are decoded by workers at 96 pixels, and lie in memory at 32; in the end all features of
-    an epoch of the probe."""
-    for size, cached in (32, False), (32, True), (96, False), (96, True):
-        if world > 1:
-            as_torchrun(rank, world, 29539 + size + cached)
-        given = eval_linear.Args(**FOLDER, image_size=size, cache_features=cached)
-        result = eval_linear.main(given)
-        if world > 1:
-            torch.distributed.barrier()  # the first one has written features.pt
-        args, *_ = eval_linear.complete(given)
-        train = eval_linear.ImageData(args, True, torch.device("cpu"))
-        torch.manual_seed(0)
-        net, view = eval_linear.encoder(args.arch, args.stem)[0].eval(), dict(flip=0.5, rotation=20)
-        crops = list(eval_linear.passes(net, train, torch.arange(15).flip(0), args, 1, 9, view))
-        kept = dict(result=result, crops=crops)
-        if cached:
-            (kept["features"],) = torch.load("runs/random-folder-0/features.pt").values()
-        torch.save(kept, f"{size}-{cached}-{world}-{rank}.pt")
-        if world > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-            Path("runs/random-folder-0/features.pt").unlink(missing_ok=True)
-
-
-def test_two_processes_give_what_one_gives(one_and_two):
-    """With 7 test images, batches of 4, and a random net."""
-    write_folder("d", side=100, classes=("cat", "dog", "eel"), each=5)
-    for name in "cat", "dog":
-        for path in list(Path("d/val", name).iterdir())[:4]:
-            path.unlink()
-    one_and_two(judge_folder)
-    for name in "32-False", "32-True", "96-False", "96-True":
-        one, first, second = (torch.load(f"{name}-{end}.pt") for end in ("1-0", "2-0", "2-1"))
-        assert [len(labels) for _, labels in one["crops"]] == [4, 4, 4, 3]
-        assert one["result"] == first["result"] == second["result"]
-        if "True" in name:
-            assert [len(x) for x in one["features"]] == [15, 7]
-        for two in first, second:
-            tensors = [[*sum(x["crops"], ()), *x.get("features", ())] for x in (one, two)]
-            assert all(torch.equal(a, b) for a, b in zip(*tensors))
-
-
-def test_a_resnet50_of_torchvision_judges_an_image_folder(capsys):
-    write_folder("d", side=230, each=3)
-    torch.save(torchvision_net("resnet50", classes=1000).state_dict(), "resnet50.pth")
-    given = dict(dataset="folder", data_dir="d", num_workers=2, batch_size=6, epochs=1)
-    result = judge(checkpoint="resnet50.pth", **given)
-    assert list(result) == ["1-NN", "20-NN", "200-NN", "linear"]
-    assert "all 265 tensors of resnet50 matched" in capsys.readouterr().out
 
 
 PROTOCOLS = [
@@ -447,7 +309,82 @@ def test_a_loss_that_is_not_finite_is_an_error():
         judge(baseline="random", lr=1e38, labels="2pct", epochs=4)
 
 
-def test_20_nn_takes_no_more_neighbours_than_a_class_has_images():
-    """With one label a class, 20 votes would tie: the same rule as in training."""
-    few = judge(baseline="raw", epochs=0, labels="1pct")
+def test_knn_of_raw_pixels():
+    """On digits, methods.md's figure for 1-NN; with a share of the labels, against loops."""
+    assert judge(baseline="raw", epochs=0)["1-NN"] == pytest.approx(95.28, abs=0.01)
+    few = judge(baseline="raw", epochs=0, labels="3pct")
+    train, test = (data(cmsf_ssl, split) for split in (True, False))
+    given = eval_linear.given_labels("3pct", 0, train)
+    rows = (given >= 0).nonzero()[:, 0].tolist()
+    pixels, queries = ((x.images.flatten(1) / 255.0).double() for x in (train, test))
+    right = 0
+    for query, label in zip(queries, test.labels.tolist()):
+        cosines = F.cosine_similarity(query[None], pixels[rows]).tolist()
+        right += train.labels[rows[cosines.index(max(cosines))]].item() == label
+    assert few["1-NN"] == pytest.approx(100 * right / len(queries), abs=1e-3)
+    record = json.loads(Path("runs/raw-digits-0/eval-3pct.json").read_text())
+    assert record["top1"] == few and record["labelled"] == len(rows) and record["test"] == 360
+    assert Path("runs/raw-digits-0/eval.json").exists()
+    few = judge(baseline="raw", epochs=0, labels="1pct")  # an image a class: more votes would tie
     assert few["20-NN"] == few["1-NN"] > 60
+
+
+def test_fine_tuning_keeps_the_projector_and_trains_everything(capsys, monkeypatch, few_digits):
+    model, features = own_checkpoint(), torch.randn(9, 512)
+    weights, *_ = eval_linear.read_weights("runs/a/last.pt")
+    projector = nn.Sequential(*eval_linear.read_projector(weights, "online.1.")).eval()
+    assert torch.equal(projector(features), model.online[1].eval()(features))
+
+    seen, train_epochs = [], eval_linear.train_epochs
+
+    def record(batches, network, *rest, **options):
+        seen.append(network)
+        return train_epochs(batches, network, *rest, **options)
+
+    monkeypatch.setattr(eval_linear, "train_epochs", record)
+    given = dict(checkpoint="runs/a/last.pt", fine_tune=True, labels="50pct", epochs=2)
+    result = judge(lr=0.05, batch_size=16, **given)
+    (net,) = seen
+    kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.Linear]
+    assert [type(part) for part in net[1:]] == kinds
+    for before, after in ((model.online[0], net[0]), (model.online[1], net[1:5])):
+        for a, b in zip(before.parameters(), after.parameters()):
+            assert not torch.equal(a, b)  # all are trained
+    assert set(result) == {"fine-tuned"} and 0 <= result["fine-tuned"] <= 100
+    assert "no projector" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="BatchNorm needs 2 images"):
+        judge(batch_size=1, **given)
+    record = json.loads(Path("runs/a/eval-50pct-fine-tuned.json").read_text())
+    assert record["top1"] == result and 50 < record["labelled"] < 80
+
+
+def test_features_are_cached_and_made_anew_for_other_weights(monkeypatch, few_digits):
+    own_checkpoint()
+    given = dict(checkpoint="runs/a/last.pt", cache_features=True, epochs=2)
+    first = judge(**given)
+    original = eval_linear.passes
+    monkeypatch.setattr(eval_linear, "passes", lambda *_: pytest.fail("the cache is not used"))
+    assert judge(**given) == first
+    monkeypatch.setattr(eval_linear, "passes", original)
+    wider = judge(**given, stem="small")  # the same tensors, other strides
+    assert wider == judge(checkpoint="runs/a/last.pt", stem="small", epochs=0) | wider
+
+
+def test_a_checkpoint_of_msf_is_judged(few_digits, capsys):
+    """On digits, and on files, which have a recipe of their own; and fine-tuned with its projector."""
+    assert msf.RECIPES.keys() == eval_linear.RECIPES.keys()
+    args = dataclasses.replace(msf.RECIPES["digits"], run_name="a", epochs=1, batch_size=32)
+    trained = msf.main(args)
+    result = judge(checkpoint=trained["checkpoint"], epochs=1)
+    assert list(result) == ["1-NN", "20-NN", "200-NN", "linear"]
+    assert result["20-NN"] == pytest.approx(trained["knn"], abs=0.3)
+
+    write_folder("d")
+    given = dict(run_name="b", data_dir="d", arch="resnet10", stem="small-stride", epochs=1)
+    given |= dict(image_size=32, batch_size=8, bank_size=16, num_workers=0)
+    trained = msf.main(dataclasses.replace(msf.RECIPES["small-folder"], **given))
+    args, *_ = eval_linear.complete(eval_linear.Args(trained["checkpoint"]))
+    assert (args.dataset, args.image_size, args.stem) == ("small-folder", 32, "small-stride")
+    judge(checkpoint=trained["checkpoint"], epochs=1, num_workers=0)
+    result = judge(checkpoint=trained["checkpoint"], epochs=1, num_workers=0, fine_tune=True)
+    assert 0 <= result["fine-tuned"] <= 100 and "no projector" not in capsys.readouterr().out

@@ -1,0 +1,60 @@
+"""What the authors' own code computes, in float64, for given outputs of the networks.
+
+tests/reference.npz holds inputs and results: numbers only. The networks are the identity here, so
+that queries and targets can be given.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import msf
+
+VALUES = np.load(Path(__file__).parent / "reference.npz")
+
+
+def reference(prefix):
+    """Name -> tensor of all values whose name begins so."""
+    names = [name for name in VALUES if name.startswith(prefix)]
+    return {name.removeprefix(prefix): torch.from_numpy(VALUES[name]) for name in names}
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+def test_msf():
+    values = reference("msf/")
+    queries = values["queries"].requires_grad_()
+    targets = F.normalize(values["targets"], dim=1)
+    bank = msf.MemoryBank(96, 8).double()
+    bank.enqueue(values["bank"], values["bank_labels"])
+    bank.enqueue(targets, values["labels"])
+    assert_close(bank.embeddings, values["bank_after"])
+    assert torch.equal(bank.labels, values["bank_labels_after"])
+
+    nearest = msf.nearest_neighbors(targets, bank.embeddings, 5)
+    loss = msf.mean_shift_loss(F.normalize(queries, dim=1), bank.embeddings[nearest])
+    loss.backward()
+    assert_close(loss, values["loss"])
+    assert_close(queries.grad, values["grad"])
+    purity = msf.label_purity(bank.labels[nearest], values["labels"])
+    assert purity.item() == pytest.approx(values["purity"].item())
+
+
+def test_msf_as_its_forward_pass_puts_it_together(monkeypatch):
+    """The same numbers come out of MSF.forward, but for its rounding to float32."""
+    values = reference("msf/")
+    model = msf.MSF(nn.Identity(), width=32, topk=5, bank_size=96, ema=0.99)
+    model.online = model.target = model.predictor = nn.Identity()
+    model.bank.enqueue(values["bank"].float(), values["bank_labels"])
+    queries = values["queries"].float().requires_grad_()
+    loss, metrics = model(values["targets"].float(), queries, values["labels"])
+    loss.backward()
+    torch.testing.assert_close(loss.double(), values["loss"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(queries.grad.double(), values["grad"], atol=1e-5, rtol=0)
+    assert metrics["purity"].item() == pytest.approx(values["purity"].item())
