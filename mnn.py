@@ -1,498 +1,903 @@
-"""MNN: Mixed Nearest-Neighbors for Self-Supervised Learning (Long, Peng, Li, arXiv 2311.00562).
-f: online encoder, h: predictor, g: target encoder, an average of f, M: memory bank of past u.
-    q = norm(h(f(strong view)))        u = norm(g(weak view)), pushed into M after the search
-    N(i) = the k rows of M nearest to u_i, none of them from this step
-    mixed_ij = lam M_j + (1 - lam) u_i, not normalised; lam ~ U(0, 1), one number for the batch
-    loss = mean over i of (2 - 2 q_i . u_i) + mean over i, and j in N(i), of (2 - 2 q_i . mixed_ij),
-           averaged with the same for the views exchanged (a new lam; those u are not pushed)
-    $ python mnn.py                                       digits, on the CPU or on one GPU
-    $ torchrun --nproc_per_node=8 mnn.py --dataset cifar10                           8 GPUs
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
+# ///
+"""MNN: Mixed Nearest-Neighbors for Self-Supervised Learning (Long, Peng and Li, arXiv 2311.00562).
+
+An online encoder f with a predictor h learns from a target encoder g, the moving average of f, and
+from a memory bank M of past target embeddings. norm(x) = x / ||x||.
+
+    target   u = norm(g(weak view)), which is pushed into M after the search
+    query    q = norm(h(f(strong view)))
+    mixed    z_j = lam M_j + (1 - lam) u, for the k rows M_j nearest to u; lam ~ U(0, 1), one number
+    loss     mean of (2 - 2 q . u) + mean of (2 - 2 q . z_j)
+
+averaged with the same for the views exchanged, with a new lam, whose u are not pushed. No row is of
+the same step, so that u is no neighbour of its own; a false one does less harm when mixed with u.
+
+    python mnn.py                                                  # digits, on a CPU or a GPU
+    python mnn.py --dataset small-folder --data-dir photos         # pictures without labels
+    torchrun --nproc_per_node=8 mnn.py --dataset cifar10
 """
-import copy, dataclasses, functools, math, os, random, re, signal, time, typing
+
+import argparse
+import contextlib
+import copy
+import io
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-import torch, torch.distributed as dist, torch.nn.functional as F, tyro
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from PIL import Image
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision import datasets, transforms
+from torchvision.models import resnet
+from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
-@dataclasses.dataclass
+
+@dataclass
 class Args:
-    """Train with mixed nearest neighbours. None stands for the value in the data set's recipe."""
-    dataset: str = "digits"  # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet or folder.
-    data_dir: str = "data"  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
-    num_workers: int = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # Readers of images.
-    image_size: int | None = None  # Side of the input in pixels; below 96, files are shrunk to it.
-    crop_scale: tuple[float, float] | None = None  # Least and most of the area that a crop keeps.
-    flip: float | None = None  # Probability of a horizontal flip.
-    weak_flip: float | None = None  # That of the weak view, where it differs.
-    rotation: float | None = None  # Largest rotation either way, in degrees.
-    jitter: tuple[float, float, float, float] | None = None  # Strong view's colour jitter (p 0.8).
-    gray: float | None = None  # Probability that the strong view is gray.
-    blur: float | None = None  # Probability that the strong view is blurred (sigma 0.1 to 2 px).
-    arch: typing.Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
-    stem: typing.Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # Input.
-    epochs: int | None = None  # Passes over the training images.
-    batch_size: int | None = None  # Images a step, over all processes.
-    lr: float | None = None  # Highest learning rate of SGD, for this batch size; never rescaled.
-    warmup_epochs: float | None = None  # Epochs of linear warm-up, before the cosine decay to 0.
-    momentum: float | None = None  # Momentum of SGD.
-    weight_decay: float | None = None  # Weight decay of SGD, on every weight.
-    seed: int = 0  # Seed of the weights, of the order of the images and of their views.
-    amp: bool = True  # On GPUs, networks run in bfloat16; similarities and loss stay in float32.
-    compile: bool = False  # Compile the networks with torch.compile.
-    run_name: str | None = None  # Outputs go to runs/RUN_NAME; None: script, data set, seed, time.
-    resume: str | None = None  # A last.pt to continue; auto: the run's own, if there is one.
-    log_every: int = 10  # Steps between two log points (0: an epoch); signals are heeded there too.
-    knn_every: int = 10  # Epochs between two 20-NN accuracies on the test images; 0: at the end.
-    checkpoint_every_minutes: float = 10.0  # Time between two checkpoints; one more at a stop.
-    topk: int | None = None  # Neighbours k of each image.
-    bank_size: int | None = None  # Rows of the memory bank.
-    ema: float | None = None  # Momentum m of the target: g <- m g + (1 - m) f.
-    lam: typing.Literal["random"] | float = "random"  # Neighbours' weight, 0 to 1 (1: no mixing).
-    renormalize_mix: bool = False  # Give every mix unit norm.
-    weighting: bool = True  # Add the loss over the target itself to that over the mixes.
-    symmetric: bool = True  # Average the loss with that of the views exchanged.
-    objective: typing.Literal["mnn", "info-nce"] = "mnn"  # Distances, or a contrastive loss.
-    hidden: int | None = None  # Width of the hidden layers of projector and predictor.
-    bn_splits: int | None = None  # Parts of the whole batch, each with BatchNorm of its own.
-# ---- recipes: IMAGENET is MSF's (section 4); what CIFAR and TINY change, MNN's (arXiv 2311.00562)
-IMAGENET = dict(arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), rotation=0,
-    flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, epochs=200, batch_size=256, lr=0.05,
-    momentum=0.9, warmup_epochs=0, weight_decay=1e-4, topk=5, bank_size=1_024_000, ema=0.99)
-CIFAR = IMAGENET | dict(arch="resnet18", stem="small", image_size=32, lr=0.06, warmup_epochs=5,
-    weight_decay=5e-4, bank_size=4096)
-TINY = CIFAR | dict(stem="small-pool", image_size=64, bank_size=16_384, ema=0.996)
-DIGITS = CIFAR | dict(  # ours; a flip would change what a digit means
-    arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1), flip=0, lr=0.1,
-    rotation=10, jitter=(0.4, 0.4, 0, 0), gray=0, blur=0, epochs=80, batch_size=64, bank_size=1024)
-SMALL = dict(hidden=2048, weak_flip=0.9, bn_splits=8)  # the rest of it is in CIFAR and TINY
-LARGE = IMAGENET | dict(hidden=2048, bn_splits=1)  # ours: MSF's recipe with MNN's heads
-FEW = dict(hidden=1024, epochs=36, batch_size=32, topk=20, bn_splits=1, warmup_epochs=2,
-           weight_decay=2e-3)  # more decay makes up for a few steps
-RECIPES = dict(digits=DIGITS | FEW, cifar10=CIFAR | SMALL, cifar100=CIFAR | SMALL,
-               stl10=TINY | SMALL, tinyimagenet=TINY | SMALL, imagenet=LARGE,
-               folder=LARGE | dict(bank_size=128_000))
-LIMITS = dict(rotation=(0, 180), image_size=(8, 1024), num_workers=(0, 512), epochs=(1, 10**6),
-    topk=(1, 2**16), bank_size=(1, 2**24), hidden=(1, 2**16), num_clusters=(1, 2**24), lr=(0, 1e38),
-    warmup_epochs=(0, 2**31), checkpoint_every_minutes=(0, 2**31))  # else: float 0..1, int 0..2^31
+    """Train with mixed nearest neighbours. The defaults depend on --dataset."""
 
-def check(condition, message):
-    """Stop with one line on the terminal unless the condition holds."""
-    if not condition: raise SystemExit(f"error: {message}")
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder
+    dataset: str = "digits"
+    data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
+    num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
+    run_name: str | None = None  # outputs go to runs/RUN_NAME; the same name continues it
+    seed: int = 0  # of the weights, the order of the images and their views
+    log_every: int = 50  # steps between two lines within an epoch
+    knn_every: int = 10  # epochs between two k-NN accuracies
+    amp: bool = True  # on GPUs, run the networks in bfloat16
+    compile: bool = False  # compile the networks with torch.compile
 
-def resolve(args):
-    """(args completed from recipe or checkpoint, checkpoint or None); SystemExit if wrong."""
-    check(args.dataset in RECIPES, f"unknown --dataset {args.dataset}: one of {', '.join(RECIPES)}")
-    auto, name = args.resume == "auto", f"{Path(__file__).stem}-{args.dataset}-{args.seed}"
-    name = args.run_name or name + time.strftime("-%Y%m%d-%H%M%S") * (not auto)  # auto: to be found
-    state, base, own = None, dict(run_name=name) | RECIPES[args.dataset], f"runs/{name}/last.pt"
-    if auto: args = dataclasses.replace(args, resume=own if os.path.exists(own) else None)
-    if args.resume:
-        try:
-            state = torch.load(args.resume, map_location="cpu", weights_only=True)
-            assert state["args"].keys() == vars(args).keys(), "of another script, or version"
-            base = state["args"] | dict(num_workers=args.num_workers)
-        except Exception as error: check(False, f"cannot resume from {args.resume}: {error!r:.200}")
-    given = {name: v for name, v in vars(args).items() if v != getattr(Args, name)}  # not default
-    args, world = Args(**base | given), int(os.environ.get("WORLD_SIZE", 1))
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, tuple) else (value,):
-            least, most = LIMITS.get(name, (0, 1 if isinstance(x, float) else 2**31))
-            fits = not isinstance(x, (int, float)) or least <= x <= most  # false for NaN
-            check(fits, f"--{name.replace('_', '-')} {x}: need {least} to {most}")
-    name, size, last = args.run_name, args.batch_size, Path("runs", str(args.run_name), "last.pt")
-    check(size % world == 0 < size - world, f"--batch-size {size}: need {world} x 2 or more")
-    check(args.topk <= size <= args.bank_size, "need --topk <= --batch-size <= --bank-size")
-    check(args.crop_scale[0] <= args.crop_scale[1], "need the smaller --crop-scale first")
-    check(re.fullmatch(r"\w[\w.,=+-]{,99}", name), "--run-name: letters, digits, _ . , = + - only")
-    free = not last.exists() or args.resume and last.samefile(args.resume)
-    check(free, f"{last} exists: --resume it, or choose another --run-name")
-    return args, state
-# ---- data ---------------------------------------------------------------------------------------
-class ImageData(torch.utils.data.Dataset):
-    """A split on the device: labels int64 [N], -1 = unknown, and images uint8 [N, 3, H, W], or None
-    where workers decode files as needed. Raises SystemExit where the data set is missing."""
-    def __init__(self, args, train, device):
-        from torchvision import datasets, transforms as T
-        name, root, size = args.dataset, Path(args.data_dir), args.image_size
-        self.device, self.workers, images = device, args.num_workers, None
-        how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
-        try:
-            if name == "digits":
-                from sklearn.datasets import load_digits
-                source, rows = load_digits(), slice(-360) if train else slice(-360, None)
-                labels, images = source.target[rows], torch.tensor(source.images[rows] / 16)
-                images = F.interpolate(images[:, None], scale_factor=2, mode="bilinear") * 255
-                images = images.round().byte().expand(-1, 3, -1, -1)
-            elif name in ("cifar10", "cifar100", "stl10"):
-                split = train if name != "stl10" else "train+unlabeled" if train else "test"
-                source = getattr(datasets, name.upper())(root, split, download=True)
-                images = torch.from_numpy(source.data).movedim(1 if name == "stl10" else 3, 1)
-                labels = source.labels if name == "stl10" else source.targets
-            else:
-                source = datasets.ImageFolder(root / ("train" if train else "val"))
-                (self.files, labels), self.read = zip(*source.samples), source.loader  # as RGB
-            if name == "tinyimagenet" and not train:  # one folder of images, and a list of classes
-                class_of = dict(x.split("\t")[:2] for x in open(root / "val/val_annotations.txt"))
-                source.classes = sorted(set(class_of.values()))
-                labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
-        except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
-        self.classes = list(getattr(source, "classes", range(10)))
-        self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        self.images = None if images is None else images.to(device).contiguous()
-        resize = T.Resize(size * 8 // 7 if size >= 96 else size)  # 256 for 224
-        self.center = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
-        self.crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
-        if images is None and size < 96:
-            every = torch.arange(len(labels)).split(256)
-            self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
-    def __getitem__(self, item):
-        """(index, number of views, seed) -> (index, uint8 [views, 3, size, size])."""
-        index, views, seed = item
-        try: image = self.read(self.files[index])
-        except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
-        torch.manual_seed(seed)
-        return index, torch.stack([self.crop(image) for _ in range(views)] or [self.center(image)])
-    def batches(self, index_batches, views=0, seed=0, step=0, stride=1):
-        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b]. Files give crops drawn
-        by seed and number (step, step + stride, ...), or with views = 0 the one for testing."""
-        if self.images is not None:
-            for indices in (x.to(self.device, non_blocking=True) for x in index_batches):
-                yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
-            return
-        items = ([(i, views, hash((seed, step + n * stride, i))) for i in batch.tolist()]
-                 for n, batch in enumerate(index_batches))
-        fork = "fork" if self.workers else None  # what is on a GPU cannot be pickled
-        options = dict(num_workers=self.workers, multiprocessing_context=fork)
-        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setsid())
-        try:
-            for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
-                indices, images = (x.to(self.device, non_blocking=True) for x in batch)
-                yield indices, images.unbind(1), self.labels[indices]
-        except OSError as error: check(False, str(error).strip().splitlines()[-1])
-# ---- views: batched, random for every image, on the device of the images ------------------------
-def random_boxes(n, height, width, scale, device):
-    """Boxes (top, left, height, width), [n] each, as torchvision's RandomResizedCrop draws them."""
-    area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
-    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w * h > 0) & (w <= width) & (h <= height)
-    first, found = fits.int().argmax(1, keepdim=True), fits.any(1)  # of ten tries, else all of it
-    w, h = (x.gather(1, first)[:, 0].where(found, side) for x, side in ((w, width), (h, height)))
-    top, left = torch.rand(2, n, device=device)
-    return (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor(), h, w
+    # views
+    image_size: int = 16  # side of a view in pixels; below 96, files are kept in memory
+    crop_scale: tuple[float, float] = (0.6, 1.0)  # least and largest share of the area
+    flip: float = 0.0  # probability of a horizontal flip
+    weak_flip: float | None = None  # that of the weak view, if it is another
+    rotation: float = 10.0  # largest rotation, in degrees
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.0, 0.0)  # strong view's colour jitter
+    gray: float = 0.0  # probability that the strong view is gray
+    blur: float = 0.0  # probability that the strong view is blurred
 
-def warp(images, boxes, size, flip, degrees):
-    """Cut boxes (top, left, height, width), [n] each, out of uint8 [n, 3, H, W], resize, mirror
-    where flip [n], turn counter-clockwise by degrees [n], bilinear: float [n, 3, size, size]."""
-    top, left, height, width, flip, angle = (x.view(-1, 1, 1) for x in (*boxes, flip, degrees))
-    steps = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # -1..1 across the view
-    cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
-    x, y = cos * steps - sin * steps[:, None], sin * steps + cos * steps[:, None]  # [n, size, size]
-    x, y = torch.where(flip, 1 - x, 1 + x) / 2 * width, (1 + y) / 2 * height  # in pixels of the box
-    x = (left + x.clamp(min=0.5).minimum(width - 0.5)) * 2 / images.shape[3] - 1  # -1..1 again
-    y = (top + y.clamp(min=0.5).minimum(height - 0.5)) * 2 / images.shape[2] - 1
-    return F.grid_sample(images.float() / 255, torch.stack([x, y], dim=3), align_corners=False)
+    # networks and optimiser
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet10"  # backbone
+    # imagenet: 7x7/2, max-pool; small: 3x3; small-pool: 3x3, max-pool; small-stride: 3x3/2
+    stem: Literal["imagenet", "small", "small-pool", "small-stride"] = "small-stride"
+    epochs: int = 36  # passes over the training images
+    batch_size: int = 32  # images per step, over all processes
+    lr: float = 0.1  # highest learning rate of SGD
+    warmup_epochs: float = 2.0  # linear warm-up before the cosine decay
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 2e-3  # of SGD
 
-def adjust(images, operation, amount):
-    """Scale brightness, contrast or saturation (operation 0, 1, 2) of [n, 3, H, W], 0..1, by amount
-    [n, 1, 1, 1], or turn the hue (3) by that share of a circle."""
-    r, g, b = images.split(1, dim=1)
-    if operation < 3:
-        gray = 0.2989 * r + 0.587 * g + 0.114 * b
-        other = (0, gray.mean((1, 2, 3), keepdim=True), gray)[operation]
-        return (amount * images + (1 - amount) * other).clamp(0, 1)
-    value = images.amax(1, keepdim=True)
-    chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)  # gray: 0 / 1e-12
-    hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
-    hue = torch.where(value == r, (g - b) / chroma, hue) + 6 * amount  # in sixths of a circle
-    turn = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
-    return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
+    hidden: int = 1024  # hidden units of projector and predictor
+    bn_splits: int = 1  # parts of the batch, each with the backbone's BatchNorm by itself
 
-def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
-    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size]. What
-    the others mean, Args tells; scale is its crop_scale. The defaults give the view for testing."""
-    (n, _, height, width), device = images.shape, images.device
-    random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
-    boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
-    boxes = random_boxes(n, height, width, scale, device) if scale else boxes
-    images = warp(images, boxes, size, random() < flip, rotation * (2 * random() - 1))
-    if any(jitter):
-        chosen = random() < 0.8
-        amounts = [(i < 3) + chosen * x * (2 * random() - 1) for i, x in enumerate(jitter)]
-        for i in torch.randperm(4).tolist():  # one order for the batch, as in torchvision
-            images = adjust(images, i, amounts[i]) if jitter[i] else images
-    if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
-    if blur:
-        sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
-        pixels = torch.arange(size, device=device)
-        weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # Gaussian
-        images = weights @ images @ weights.mT  # at an edge, of the pixels inside
-    rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
-    return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
-# ---- model --------------------------------------------------------------------------------------
-def encoder(arch, stem):
-    """A torchvision ResNet that returns its pooled features [B, F], and F."""
-    from torchvision.models import resnet as nets
-    net = nets.ResNet(nets.BasicBlock, [1] * 4) if arch == "resnet10" else getattr(nets, arch)()
-    if stem != "imagenet":
-        net.conv1 = nn.Conv2d(3, 64, 3, 2 if stem == "small-stride" else 1, 1, bias=False)
-        net.maxpool = net.maxpool if stem == "small-pool" else nn.Identity()
-    width, net.fc = net.fc.in_features, nn.Identity()
-    return net, width
+    # mixed nearest neighbours
+    topk: int = 20  # neighbours k of an image
+    lam: Literal["random"] | float = "random"  # share of neighbours in the mix: 0 to 1, or drawn
+    weighting: bool = True  # add the loss over the target itself
+    symmetric: bool = True  # average with the loss for the views exchanged
+    renormalize_mix: bool = False  # give the mix unit norm
+    bank_size: int = 1024  # rows of the memory bank M
+    ema: float = 0.99  # share of the target encoder g that a step keeps
 
-def mlp(width, hidden, out):
-    """Projector or predictor. A bias before BatchNorm would do nothing."""
-    first = nn.Linear(width, hidden, bias=False)
-    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
-class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm of every self.size rows by themselves, as on a GPU that has no more; the running
-    statistics are the mean of the parts'."""
-    def forward(self, x):
-        parts = x.split(self.size if self.training else len(x))
-        means, variances = (y.repeat(len(parts), 1) for y in (self.running_mean, self.running_var))
-        how = self.weight, self.bias, self.training, self.momentum, self.eps
-        results = [F.batch_norm(*part, *how) for part in zip(parts, means, variances)]
-        self.running_mean.copy_(means.mean(0)); self.running_var.copy_(variances.mean(0))
-        return torch.cat(results)
+# fmt: off
+IMAGENET = Args(  # that of MSF, with MNN's heads: ours
+    dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
+    jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
+    batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, hidden=2048, topk=5,
+    bank_size=1_024_000)
+CIFAR10 = replace(  # this and the next: section 4 of the paper
+    IMAGENET, dataset="cifar10", image_size=32, weak_flip=0.9, arch="resnet18", stem="small",
+    lr=0.06, warmup_epochs=5.0, weight_decay=5e-4, bn_splits=8, bank_size=4096)
+STL10 = replace(
+    CIFAR10, dataset="stl10", image_size=64, stem="small-pool", bank_size=16_384, ema=0.996)
+RECIPES = {
+    "digits": Args(),  # ours: a flip would change what a digit means
+    "cifar10": CIFAR10,
+    "cifar100": replace(CIFAR10, dataset="cifar100"),
+    "stl10": STL10,
+    "tinyimagenet": replace(STL10, dataset="tinyimagenet"),
+    "imagenet": IMAGENET,
+    "folder": replace(IMAGENET, dataset="folder", bank_size=128_000),
+    "small-folder": replace(
+        CIFAR10, dataset="small-folder", image_size=64, stem="small-pool", weak_flip=None,
+        bn_splits=1),
+}
+# fmt: on
+
+
+def parse_args():
+    """The command line: --dataset chooses a recipe, and the other options change it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset", choices=RECIPES, default="digits")
+    known, _ = parser.parse_known_args()  # at first only --dataset
+    return tyro.cli(Args, default=RECIPES[known.dataset])
+
+
+def check_args(args, world_size):
+    """Raise SystemExit, with what to change, for arguments that do not fit."""
+    for name in ("epochs", "batch_size", "topk", "image_size", "log_every", "knn_every"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
+        raise SystemExit(f"--batch-size: need 2 or more for each of {world_size} equal processes")
+    splits = args.bn_splits
+    if splits < 1 or args.batch_size % splits != 0 or args.batch_size < 2 * splits:
+        raise SystemExit("--bn-splits must divide --batch-size into parts of 2 or more")
+    if splits > 1 and splits % world_size != 0:
+        raise SystemExit(f"--bn-splits must be 1, or a multiple of the {world_size} processes")
+    if args.lam != "random" and not 0 <= args.lam <= 1:
+        raise SystemExit("--lam: need random, or a number from 0 to 1")
+    if not args.topk <= args.batch_size <= args.bank_size:
+        raise SystemExit("need --topk <= --batch-size (the first rows) <= --bank-size")
+
+
+# ======== method: mixed nearest neighbours ========
+
 
 class MemoryBank(nn.Module):
-    """The last size embeddings pushed, with labels and indices; len(bank) rows are filled."""
+    """The last `size` embeddings, of unit norm, with the labels of their images (-1: unknown)."""
+
     def __init__(self, size, dim):
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(size, dim))
-        for name in ("labels", "indices"): self.register_buffer(name, torch.full((size,), -1))
-        self.pushed = 0  # rows ever pushed, kept on the host so that no step waits for the device
-    def __len__(self): return min(self.pushed, len(self.labels))
-    def enqueue(self, embeddings, labels, indices):
-        """Push [n, D], [n] and [n] over the oldest rows; where n > size, the last size of them."""
-        size, start, self.pushed = len(self.labels), self.pushed, self.pushed + len(labels)
-        rows = torch.arange(start, self.pushed, device=labels.device)[-size:] % size
-        self.embeddings[rows] = embeddings[-size:].detach()
-        self.labels[rows], self.indices[rows] = labels[-size:], indices[-size:]
+        self.register_buffer("labels", torch.full((size,), -1))
+        self.pushed = 0  # rows ever pushed: on the host, so that no step waits for the device
 
-def gather(tensor):
-    """[b, ...] of every process -> [B, ...] on all of them, in the order of their ranks."""
-    if not dist.is_initialized(): return tensor
-    parts = [tensor.new_empty(tensor.shape) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-# ---- the method ---------------------------------------------------------------------------------
-def nearest_neighbors(targets, bank, k, mask=None):
-    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], all of unit norm,
-    nearest first, where mask [M] or [B, M] is True; -1: no more. Raises ValueError if k > M."""
-    if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
-    similarities = targets @ bank.T  # [B, M]
-    if mask is not None: similarities.masked_fill_(~mask, -math.inf)
-    size = math.gcd(len(bank), 64)  # of a block; the k best rows lie in the k best blocks
-    best = similarities.unflatten(1, (-1, size)).amax(2).topk(min(k, len(bank) // size)).indices
-    rows = (best[:, :, None] * size + torch.arange(size, device=best.device)).flatten(1)
-    values, order = similarities.gather(1, rows).topk(k)
-    return rows.gather(1, order).masked_fill(values == -math.inf, -1)
+    def __len__(self):
+        return min(self.pushed, len(self.labels))
+
+    def enqueue(self, embeddings, labels):
+        """Push embeddings [n, D] and labels [n], n <= size, over the oldest rows."""
+        rows = torch.arange(self.pushed, self.pushed + len(labels), device=labels.device)
+        rows = rows % len(self.labels)
+        self.embeddings[rows] = embeddings
+        self.labels[rows] = labels
+        self.pushed += len(labels)
+
+
+@torch.autocast("cuda", enabled=False)  # in float32, even where the networks are in bfloat16
+def nearest_neighbors(targets, bank, k):
+    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
+    unit norm, so the nearest has the largest dot product. Raises ValueError for k > M."""
+    if k > len(bank):
+        raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
+    return (targets @ bank.T).topk(k, dim=1).indices
+
 
 def mix_neighbors(targets, neighbors, lam):
-    """lam M_j + (1 - lam) u_i: targets [B, D], neighbors [B, k, D], lam in 0..1 -> [B, k, D]. Both
-    are normalised first, the mix is not."""
-    return lam * F.normalize(neighbors, dim=2) + (1 - lam) * F.normalize(targets, dim=1)[:, None]
+    """Mixes [b, k, D] of neighbors [b, k, D], with the share lam, and targets [b, D]."""
+    return lam * neighbors + (1 - lam) * targets[:, None]
 
-def mnn_loss(queries, targets, mixed, weighting=True):
-    """Mean of 2 - 2 q.mixed, plus mean of 2 - 2 q.u if weighting: queries, targets u [B, D], which
-    are normalised here, and mixed [B, k, D], which is not -> scalar."""
-    queries, targets = F.normalize(queries, dim=1), F.normalize(targets, dim=1)
-    loss = (2 - 2 * torch.einsum("bd,bkd->bk", queries, mixed)).mean()
-    return loss + (2 - 2 * (queries * targets).sum(1)).mean() if weighting else loss
 
-def info_nce(queries, targets, positives, own, temperature=0.2):
-    """Mean of -log(e^p / (e^p + sum of e^n)): p = q.positive / temperature, n = q.u / temperature
-    for the targets u of other images; queries [b, D] (normalised here), targets [B, D], positives
-    [b, k, D], own bool [b, B]: which targets are of the query's image -> scalar."""
-    queries = F.normalize(queries, dim=1)
-    others = (queries @ targets.T / temperature).masked_fill(own, -math.inf).logsumexp(1)
-    positives = torch.einsum("bd,bkd->bk", queries, positives) / temperature
-    return F.softplus(others[:, None] - positives).mean()
+@torch.autocast("cuda", enabled=False)  # likewise
+def mean_shift_loss(queries, neighbors):
+    """Mean of 2 - 2 q . M_j: queries [b, D], neighbors [b, k, D], of any norm (mixes)."""
+    return (2 - 2 * torch.einsum("bd,bkd->bk", queries, neighbors)).mean()
 
-def label_purity(neighbor_labels, labels):
-    """Share of neighbours [B, k] with the label [B] of their image, where both are known."""
-    known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
-    return ((neighbor_labels == labels[:, None]) & known).sum() / known.sum().clamp(min=1)
+
+def mnn_loss(queries, targets, mixed):
+    """The loss over the targets [b, D] themselves, and that over the mixes [b, k, D]."""
+    return mean_shift_loss(queries, targets[:, None]) + mean_shift_loss(queries, mixed)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm of equal parts of a batch, each by itself, as on so many GPUs. The running
+    statistics are the mean of theirs."""
+
+    def __init__(self, num_features, splits):
+        super().__init__(num_features)
+        self.splits = splits
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        means = self.running_mean.repeat(self.splits, 1)  # batch_norm updates a row for each part
+        variances = self.running_var.repeat(self.splits, 1)
+        options = (self.weight, self.bias, True, self.momentum, self.eps)  # True: training
+        outputs = []
+        for part, mean, variance in zip(images.chunk(self.splits), means, variances):
+            outputs.append(F.batch_norm(part, mean, variance, *options))
+        self.running_mean.copy_(means.mean(dim=0))
+        self.running_var.copy_(variances.mean(dim=0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(outputs)
+
 
 class MNN(nn.Module):
-    """Online and target encoder, predictor and memory bank; forward is one step of the paper."""
-    def __init__(self, args):
+    """The method, around a backbone that gives features [b, width]. lam: "random" or a number."""
+
+    def __init__(
+        self, backbone, width, hidden, topk, bank_size, ema, lam, weighting, symmetric, renormalize
+    ):
         super().__init__()
-        backbone, width = encoder(args.arch, args.stem)
-        self.online = nn.Sequential(backbone, mlp(width, args.hidden, 128))  # f
-        self.predictor = mlp(128, args.hidden, 128)  # h
+        self.topk = topk
+        self.ema = ema
+        self.lam = lam
+        self.weighting = weighting
+        self.symmetric = symmetric
+        self.renormalize = renormalize
+        self.online = nn.Sequential(backbone, mlp(width, hidden, 128))  # f, with its projector
+        self.predictor = mlp(128, hidden, 128)  # h
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
-        self.args, self.bank = args, MemoryBank(args.bank_size, 128)
-    def shuffled_targets(self, views):
-        """g of the views of all processes, [B, D] each; shuffled: BatchNorm must tell nothing."""
-        if not hasattr(self.target[1][1], "size"): return [gather(self.target(x)) for x in views]
-        generator = torch.Generator(views[0].device).manual_seed(self.args.seed + self.bank.pushed)
-        images, rank = map(gather, views), dist.get_rank() if dist.is_initialized() else 0
-        order = torch.randperm(self.args.batch_size, generator=generator, device=views[0].device)
-        own = order.view(-1, len(views[0]))[rank]
-        outputs = self.target(torch.cat([x[own] for x in images])).chunk(len(views))
-        return [gather(x)[order.argsort()] for x in outputs]
-    def forward(self, views, labels, indices):
-        """views: weak and strong [b, 3, S, S]; labels, indices [b] -> loss, metrics"""
-        (weak, strong), args, sides = views, self.args, 1 + self.args.symmetric
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.amp and weak.is_cuda):
-            outputs = [self.predictor(self.online(view)) for view in (strong, weak)[:sides]]
-            with torch.no_grad():
-                weights = list(self.target.parameters()), list(self.online.parameters())
-                torch._foreach_lerp_(*weights, 1 - args.ema)  # g <- m g + (1 - m) f, weights only
-                targets = self.shuffled_targets([weak, strong][:sides])
-                targets = [F.normalize(u.float(), dim=1) for u in targets]  # [B, D] each
-        rows, ids = self.bank.embeddings[: len(self.bank)], gather(indices)
-        own, results, rng = indices[:, None] == ids, [], random.Random(args.seed + self.bank.pushed)
-        for q, every in zip(outputs, targets):
-            q, u = q.float(), every[own.int().argmax(1)]  # [b, D]; own [b, B]
-            lam = rng.random() if args.lam == "random" else args.lam  # the same on every process
-            nearest = nearest_neighbors(u, rows, min(args.topk, len(rows)))  # [b, k]
-            mixed = mix_neighbors(u, rows[nearest] if len(rows) else u[:, None], lam)  # M empty: u
-            if args.renormalize_mix: mixed = F.normalize(mixed, dim=2)
-            positives = (mixed, u[:, None])[: 1 + args.weighting]
-            if args.objective == "mnn": loss = mnn_loss(q, u, mixed, args.weighting)
-            else: loss = sum(info_nce(q, every, x, own) for x in positives)
-            metrics = dict(purity=label_purity(self.bank.labels[nearest], labels))
-            metrics |= dict(similarity_target=F.cosine_similarity(q, u).mean())
-            close = F.cosine_similarity(q[:, None], mixed, dim=2).mean()
-            metrics |= dict(similarity_neighbors=close, spread=every.std(0).norm())
-            results.append(torch.stack([loss, *metrics.values(), loss.new_full((), lam)]))
-        self.bank.enqueue(targets[0], gather(labels), ids)
-        loss, *means = torch.stack(results).mean(0)
-        return loss, dict(zip((*metrics, "lam"), means))
-# ---- monitoring and training --------------------------------------------------------------------
+        self.bank = MemoryBank(bank_size, 128)  # M
+
+    def update_target(self):
+        """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
+        averages = list(self.target.parameters())
+        weights = list(self.online.parameters())
+        get_ema_multi_avg_fn(self.ema)(averages, weights, None)  # without gradient
+
+    def embed_queries(self, view):
+        """q [b, D] of a view [b, 3, S, S]."""
+        return F.normalize(self.predictor(self.online(view)).float(), dim=1)
+
+    @torch.no_grad()
+    def embed_targets(self, view):
+        """u [b, D]. The batch is shuffled, so that it falls into other parts of BatchNorm than for
+        the queries, and is put back."""
+        order = torch.randperm(len(view), device=view.device)
+        targets = self.target(view[order])[order.argsort()]
+        return F.normalize(targets.float(), dim=1)
+
+    def one_direction(self, queries, targets, labels):
+        """Loss of queries [b, D] and targets [b, D] of the other view, and what to log."""
+        bank = self.bank.embeddings[: len(self.bank)]
+        if len(bank) == 0:  # the first step: the target stands in for its neighbours
+            neighbors = targets[:, None]
+            purity = torch.full((), math.nan, device=targets.device)
+        else:
+            nearest = nearest_neighbors(targets, bank, self.topk)
+            neighbors = bank[nearest]  # [b, k, D]
+            purity = label_purity(self.bank.labels[nearest], labels)
+        lam = self.lam
+        if lam == "random":
+            lam = torch.rand((), device=targets.device)
+        mixed = mix_neighbors(targets, neighbors, lam)
+        if self.renormalize:
+            mixed = F.normalize(mixed, dim=2)
+        if self.weighting:
+            return mnn_loss(queries, targets, mixed), purity
+        return mean_shift_loss(queries, mixed), purity
+
+    def forward(self, weak, strong, labels):
+        """Views [b, 3, S, S] -> loss, and metrics to log. Labels [b] only measure the purity."""
+        # One view at a time, for BatchNorm: weak, then strong.
+        if self.symmetric:
+            weak_queries = self.embed_queries(weak)
+        strong_queries = self.embed_queries(strong)
+        weak_targets = self.embed_targets(weak)
+        loss, purity = self.one_direction(strong_queries, weak_targets, labels)
+        if self.symmetric:
+            strong_targets = self.embed_targets(strong)
+            other_loss, _ = self.one_direction(weak_queries, strong_targets, labels)
+            loss = (loss + other_loss) / 2
+
+        # Push last: u is then no neighbour of its own.
+        self.bank.enqueue(gather(weak_targets), gather(labels))
+        spread = weak_targets.std(dim=0).norm()  # near 1: they point everywhere; 0: all are alike
+        return loss, {"purity": purity, "spread": spread}
+
+
+def label_purity(neighbor_labels, labels):
+    """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
+    NaN where none is."""
+    known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
+    same = (neighbor_labels == labels[:, None]) & known
+    return same.sum() / known.sum()
+
+
+# ======== networks ========
+
+
+def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
+    """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
+    if arch == "resnet10":
+        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+    else:
+        net = getattr(resnet, arch)(norm_layer=norm_layer)
+    if stem != "imagenet":
+        stride = 2 if stem == "small-stride" else 1
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+    if stem in ("small", "small-stride"):
+        net.maxpool = nn.Identity()
+    width = net.fc.in_features
+    net.fc = nn.Identity()
+    return net, width
+
+
+def mlp(width, hidden, out):
+    """A projector or predictor."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)
+    )
+
+
+def gather(tensor):
+    """[b, ...] of every process -> [B, ...], in the order of their ranks, on each of them."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+# ======== data ========
+
+
+SMALL = 96  # below this size, image files are shrunk once and kept in memory
+HINTS = {
+    "tinyimagenet": "need the unpacked http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "imagenet": "need train/CLASS/*.JPEG and val/CLASS/*.JPEG",
+    "folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
+    "small-folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
+}
+
+
+def load_split(args, is_train):
+    """A split: (images uint8 [N, 3, H, H], None, labels [N]) or, where the images are files, (None,
+    N paths, labels [N]). A label of -1 is unknown. OSError or RuntimeError for missing data."""
+    root = Path(args.data_dir).expanduser()
+    if args.dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        split = slice(None, -360) if is_train else slice(-360, None)  # written by other people
+        images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
+        images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
+        return images.expand(-1, 3, -1, -1), None, digits.target[split]
+    if args.dataset in ("cifar10", "cifar100"):
+        cifar = datasets.CIFAR10 if args.dataset == "cifar10" else datasets.CIFAR100
+        source = cifar(root, is_train, download=True)
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2), None, source.targets
+    if args.dataset == "stl10":
+        source = datasets.STL10(root, "train+unlabeled" if is_train else "test", download=True)
+        return torch.from_numpy(source.data), None, source.labels
+    need_classes = args.dataset in ("imagenet", "tinyimagenet")
+    paths, labels = list_files(root, is_train, need_classes)
+    return None, paths, labels
+
+
+def list_files(root, is_train, need_classes):
+    """Paths of a split's image files, and their labels. The class of a file is the first folder
+    below train/ or val/ in which it lies; in none, or in unlabelled/, its label is -1. If there is
+    no train/ and no need for classes, all files in root are for training, without labels."""
+    folder = root / ("train" if is_train else "val")
+    if is_train and not need_classes and not folder.is_dir():
+        folder = root
+    names = find_images(folder) if folder.is_dir() else []
+    if is_train and not names:
+        raise FileNotFoundError(f"no images in {folder.absolute()}")
+
+    class_names = [os.path.dirname(name).split(os.sep)[0] for name in names]
+    if (folder / "val_annotations.txt").exists():  # Tiny ImageNet has a list in place of folders
+        lines = (folder / "val_annotations.txt").read_text().splitlines()
+        listed = dict(line.split("\t")[:2] for line in lines if line)
+        pairs = zip(names, class_names)
+        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+    classes = []
+    if (root / "train").is_dir():  # which numbers the classes of val/, too
+        classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+    no_classes = ("unlabelled", "unlabeled")
+    classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of.get(name, -1) for name in class_names]
+    return [os.path.join(folder, name) for name in names], labels
+
+
+def find_images(folder):
+    """Paths, relative to folder, of the image files in it at any depth. Names that begin with . or
+    @ (of a NAS) are no data."""
+    names = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] in ".@":
+            continue
+        if entry.is_dir():
+            names += [os.path.join(entry.name, name) for name in find_images(entry.path)]
+        elif entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
+            names.append(entry.name)
+    return names
+
+
+def read_image(path):
+    """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
+            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray in any Pillow
+                high_bytes = np.asarray(image) // 256
+                return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError("its range is unknown; convert it to 8 or 16 bits per channel")
+            return image.convert("RGB")
+    except Exception as error:
+        raise OSError(f"cannot read {path}: {error}") from error
+
+
+class ImageFiles(Dataset):
+    """Item i: random crops of the i-th file, uint8 [crops, 3, S, S]; with crops = 0, its middle."""
+
+    def __init__(self, paths, args, crops):
+        self.paths = paths
+        self.views = max(1, crops)
+        size = args.image_size
+        resized = size if size < SMALL else size * 8 // 7  # 256 for 224
+        self.view = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
+        if crops > 0:
+            self.view = transforms.RandomResizedCrop(size, args.crop_scale)
+
+    def __getitem__(self, i):
+        image = read_image(self.paths[i])
+        views = [self.view(image) for _ in range(self.views)]
+        return torch.stack([pil_to_tensor(view) for view in views])
+
+
+class ImageData:
+    """A split of a data set, on the device: labels [N], -1 where unknown, and images, uint8
+    [N, 3, H, H]; or images is None, and files are read when a batch needs them."""
+
+    def __init__(self, args, is_train, device):
+        self.args = args
+        self.device = device
+        try:
+            images, self.paths, labels = load_split(args, is_train)
+        except (OSError, RuntimeError) as error:
+            hint = HINTS.get(args.dataset, "without a network, unpack its archive there")
+            fault = f"cannot load {args.dataset} from --data-dir {args.data_dir}"
+            raise SystemExit(f"{fault}: {hint} ({error})") from error
+        if self.paths and args.image_size < SMALL:
+            order = torch.arange(len(labels)).split(256)
+            batches = self.read_files(order, crops=0)
+            # Cloned, so that the workers' shared memory is free again.
+            images = torch.cat([batch.squeeze(1).clone() for batch in batches])
+        self.images = None if images is None else images.contiguous().to(device)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+
+    def batches(self, order, crops):
+        """For each batch of indices [b] in order, a list of `crops` tensors [b, 3, S, S] in 0..1:
+        random crops or, for crops = 0, one with the images as they are tested, at their size."""
+        if self.images is None:
+            for images in self.read_files(order, crops):
+                images = images.to(self.device, non_blocking=True) / 255
+                yield list(images.unbind(1))
+        else:
+            for indices in order:
+                images = self.images[indices] / 255
+                if crops == 0:
+                    yield [images]
+                else:
+                    yield [random_crop(images, self.args) for _ in range(crops)]
+
+    def read_files(self, order, crops):
+        """For each batch of indices [b] in order, uint8 [b, max(1, crops), 3, S, S]."""
+        return DataLoader(
+            ImageFiles(self.paths, self.args, crops),
+            batch_sampler=[indices.tolist() for indices in order],
+            num_workers=self.args.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+
+def epoch_order(n, epoch, args, rank, world_size):
+    """Indices [steps, b] of this process's images, in an order that the seed and the epoch give; an
+    incomplete last batch is left out."""
+    steps = n // args.batch_size
+    generator = torch.Generator().manual_seed(args.seed * 1_000_000 + epoch)
+    order = torch.randperm(n, generator=generator)[: steps * args.batch_size]
+    return order.view(steps, world_size, -1)[:, rank]
+
+
+# ======== views: random for every image, computed for a whole batch on its device ========
+# The same in every script; skip them at first reading.
+
+
+def uniform(images, low, high):
+    """A random number in low..high for every image, [n, 1, 1, 1]."""
+    return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
+
+
+def random_boxes(n, side, scale, device):
+    """Boxes in square images, drawn as by torchvision's RandomResizedCrop: start and length of
+    their rows and columns, [2, n] each."""
+    area = torch.empty(n, 10, device=device).uniform_(*scale) * side**2  # ten tries
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
+    fits = ((lengths >= 1) & (lengths <= side)).all(dim=0)
+    first = fits.int().argmax(dim=1)  # the first try that fits
+    length = lengths[:, torch.arange(n, device=device), first]
+    length = torch.where(fits.any(dim=1), length, side)  # or the whole image
+    start = (torch.rand(2, n, device=device) * (side - length + 1)).floor()
+    return start, length
+
+
+def resize_weights(start, length, side, size):
+    """Matrices [..., size, side] that cut start..start + length out of `side` pixels and resize it
+    to `size` pixels, bilinear and antialiased as in torchvision."""
+    start = start[..., None, None]
+    end = start + length[..., None, None]
+    step = (end - start) / size  # from one pixel of the result to the next
+    pixels = torch.arange(side, device=start.device) + 0.5
+    centers = start + step * (torch.arange(size, device=start.device)[:, None] + 0.5)
+    weights = (1 - (pixels - centers).abs() / step.clamp(min=1)).clamp(min=0)  # triangles
+    weights = weights * ((pixels > start) & (pixels < end))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def random_crop(images, args):
+    """Images [n, 3, H, H] -> random resized crops, [n, 3, S, S]."""
+    n, _, side, _ = images.shape
+    start, length = random_boxes(n, side, args.crop_scale, images.device)
+    rows, columns = resize_weights(start, length, side, args.image_size)
+    return torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
+
+
+def flip_and_rotate(images, args):
+    """Mirror each image with probability args.flip, and turn it by up to args.rotation degrees."""
+    images = torch.where(uniform(images, 0, 1) < args.flip, images.flip(3), images)
+    if args.rotation == 0:
+        return images
+    angle = uniform(images, -args.rotation, args.rotation).deg2rad().flatten()
+    zero = torch.zeros_like(angle)
+    matrix = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
+    matrices = torch.stack(matrix, dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def shift_hue(images, shift):
+    """Turn the hue by a share [n, 1, 1, 1] of the colour circle: from RGB to hue, chroma and value
+    and back, by the formula f(n) of https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+    """
+    red, green, blue = images.split(1, dim=1)
+    value = images.amax(1, keepdim=True)
+    chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)
+    hue = torch.where(value == green, 2 + (blue - red) / chroma, 4 + (red - green) / chroma)
+    hue = torch.where(value == red, (green - blue) / chroma, hue) + 6 * shift  # 6: once around
+    k = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(images, brightness, contrast, saturation, hue):
+    """torchvision's ColorJitter with probability 0.8. Every image has its own amounts; the order of
+    the four operations is drawn once."""
+    jittered = uniform(images, 0, 1) < 0.8
+    for operation in torch.randperm(4).tolist():
+        amount = torch.where(jittered, uniform(images, -1, 1), 0)
+        if operation == 0:
+            images = (images * (1 + brightness * amount)).clamp(0, 1)
+        elif operation == 1:
+            mean = rgb_to_grayscale(images).mean((2, 3), keepdim=True)
+            images = torch.lerp(mean, images, 1 + contrast * amount).clamp(0, 1)
+        elif operation == 2:
+            images = torch.lerp(rgb_to_grayscale(images), images, 1 + saturation * amount).clamp(
+                0, 1
+            )
+        else:
+            images = shift_hue(images, hue * amount)
+    return images
+
+
+def gaussian_blur(images):
+    """Blur by a sigma of 0.1 to 2 pixels, drawn for every image: columns, then rows."""
+    sigma = uniform(images, 0.1, 2)
+    pixels = torch.arange(images.shape[3], device=images.device)
+    distance = pixels[:, None] - pixels
+    weights = torch.softmax(-(distance**2) / (2 * sigma**2), dim=3)  # [n, 1, S, S]; rows sum to 1
+    return weights @ images @ weights.mT
+
+
+def standardize(images):
+    """Subtract ImageNet's mean and divide by its standard deviation, channel by channel."""
+    red, green, blue = images.unbind(1)
+    channels = [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225]
+    return torch.stack(channels, dim=1).contiguous(memory_format=torch.channels_last)
+
+
+def weak_view(crops, args):
+    """Crops [b, 3, S, S] in 0..1 -> what the target encoder sees."""
+    return standardize(flip_and_rotate(crops, args))
+
+
+def strong_view(crops, args):
+    """Crops [b, 3, S, S] in 0..1 -> what the online encoder sees."""
+    images = color_jitter(flip_and_rotate(crops, args), *args.jitter)
+    if args.gray > 0:
+        images = torch.where(uniform(images, 0, 1) < args.gray, rgb_to_grayscale(images), images)
+    if args.blur > 0:
+        images = torch.where(uniform(images, 0, 1) < args.blur, gaussian_blur(images), images)
+    return standardize(images)
+
+
+# ======== training ========
+
+
+def check_data(args, train, test, world_size):
+    """Lines to print about data and run. Raises SystemExit for fewer images than a batch."""
+    n = len(train.labels)
+    if n < 2 * world_size:
+        raise SystemExit(f"{n} training images are too few")
+    if args.batch_size > n:
+        batch = world_size * max(2, n // 4 // world_size)  # some four steps an epoch
+        fitting = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
+        raise SystemExit(f"--batch-size is above the {n} training images; these fit: {fitting}")
+    labelled = (train.labels >= 0).sum().item()
+    tested = (test.labels >= 0).sum().item()
+    lines = [f"{n} training images ({labelled} labelled), {tested} labelled test images"]
+    if args.bank_size > n:
+        lines.append(f"--bank-size is above {n}: the bank holds several embeddings of an image")
+    if args.warmup_epochs >= args.epochs:
+        lines.append("--warmup-epochs is as long as the run: the learning rate never falls")
+    if labelled == 0:
+        lines.append("no training image has a label: no purity and no k-NN accuracy")
+    elif tested == 0:
+        lines.append("no test image has a label: no k-NN accuracy")
+    return lines
+
+
 @torch.no_grad()
-def embed(net, data, rows, args):
-    """Unit rows [n, F]: what net, in eval mode, gives to test views of images rows [n] of data."""
-    batches, _ = data.batches(rows.split(256)), net.eval()
-    features = torch.cat([net(augment(images, args.image_size)) for _, (images,), _ in batches])
-    net.train()
-    return F.normalize(features, dim=1)
+def embed(backbone, data, indices, rank, world_size):
+    """Features [n, width], of unit norm, of the images with these indices [n], on all processes."""
+    share = math.ceil(len(indices) / world_size)  # equal, for gather: what is too much wraps around
+    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)
+    amp = data.args.amp and data.device.type == "cuda"
+    features = []
+    backbone.eval()
+    for buffer in backbone.buffers() if dist.is_initialized() else []:
+        dist.broadcast(buffer, 0)  # BatchNorm's statistics differ where it is not synchronised
+    for (images,) in data.batches(indices[own].split(256), crops=0):
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
+            output = backbone(standardize(images))
+        features.append(F.normalize(output.float(), dim=1))
+    backbone.train()
+    return gather(torch.cat(features))[: len(indices)]
 
-def knn_accuracy(backbone, train, test, args):
-    """20-NN accuracy in percent: at most 100,000 training images vote on the test images."""
-    known = (train.labels >= 0).nonzero()[:, 0].cpu()
-    known, every = known[:: math.ceil(len(known) / 100_000)], torch.arange(len(test.labels))
-    bank, queries = (embed(backbone, *x, args) for x in ((train, known), (test, every)))
-    k, labels = min(20, math.ceil(len(bank) / len(train.classes))), train.labels[known]
-    votes = [labels[nearest_neighbors(q, bank, k)].mode(1).values for q in queries.split(1024)]
-    return 100 * (torch.cat(votes) == test.labels).float().mean().item()
 
-def draw(data, labels, shown, model, *found):
-    """Picture uint8 [3, H, W]: images shown [n] of data, and beside each those of the bank's rows
-    found [n, k] (-1: none); framed green where labels [N] agree, red where not, or if unknown."""
-    indices = [model.bank.indices[rows].where(rows >= 0, -1) for rows in found]  # of images, [n, k]
-    images = torch.stack([torch.cat([shown[:, None], x], 1) for x in indices], 1).flatten(0, 1)
-    ((_, (tiles,), _),) = data.batches([images.flatten()])
-    right = (labels[images] == labels[images[:, :1]]) & (labels[images] >= 0)  # [R, 1 + k]
-    picture = 255 * F.one_hot(right.long(), 3)[:, :, :, None, None].repeat(1, 1, 1, 64, 64)
-    picture[..., 4:-4, 4:-4] = F.interpolate(tiles, 56).unflatten(0, images.shape)
-    picture[images < 0] = 0
-    return picture.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2).byte()
+def knn_accuracy(backbone, train, test, rank, world_size):
+    """Percent of the labelled test images whose class is the most frequent one among the 20 nearest
+    (or a class's mean size, if smaller) of at most 100,000 labelled training images. None if either
+    are missing."""
+    voters = (train.labels >= 0).nonzero().squeeze(1).cpu()
+    tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
+    if len(voters) == 0 or len(tested) == 0:
+        return None
+    voters = voters[:: math.ceil(len(voters) / 100_000)]
+    labels = train.labels[voters]
+    k = min(20, math.ceil(len(labels) / len(labels.unique())))
+    bank = embed(backbone, train, voters, rank, world_size)
+    queries = embed(backbone, test, tested, rank, world_size)
+    nearest = torch.cat([nearest_neighbors(part, bank, k) for part in queries.split(1024)])
+    votes = labels[nearest].mode(dim=1).values
+    return 100 * (votes == test.labels[tested]).float().mean().item()
 
-def step_indices(n, args, start, rank, world):
-    """The indices [b] of this process at every step from start on; each epoch has its own order."""
-    steps, rest = divmod(n, args.batch_size)
-    for epoch in range(start // steps, args.epochs):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((args.seed, epoch))))
-        yield from order[: n - rest].view(steps, world, -1)[max(0, start - epoch * steps) :, rank]
 
+def learning_rate(step, steps_per_epoch, args):
+    """For steps 1, 2, ...: linear up to lr, then a cosine from lr (once more) towards 0."""
+    warmup = args.warmup_epochs * steps_per_epoch
+    if step <= warmup:
+        return args.lr * step / warmup
+    progress = (step - 1 - warmup) / (args.epochs * steps_per_epoch - warmup)
+    return args.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def save(content, path):
+    """Write a file whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.with_suffix(".tmp").write_bytes(
+        buffer.getbuffer()
+    )  # OSError if the disk is full; torch's own is not
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def resume(path, args, n, model, optimizer):
+    """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
+    SystemExit if the number of images or the model is another."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("images", n) != n:
+        fault = f"{path} was trained on {state['images']} images, and now there are {n}"
+        raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        fault = f"{path} is of another script or sizes (--arch, --stem, --bank-size, ...)"
+        raise SystemExit(f"{fault}: choose a new --run-name") from error
+    model.bank.pushed = state["pushed"]
+    given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
+    optimizer.load_state_dict(state["optimizer"])
+    optimizer.param_groups[0].update(given)  # not the old momentum and weight decay
+    lines = [f"continuing after epoch {state['epoch']}"]
+    for name, value in vars(args).items():
+        old = state["args"].get(name)
+        if value != old:
+            lines.append(f"--{name.replace('_', '-')} is now {value}, was {old}")
+    return state["epoch"], lines
+
+
+@contextlib.contextmanager
+def failures_explained():
+    """Around main: one line for a file that cannot be read or written, and a hint where processes
+    that read images fail."""
+    try:
+        yield
+    except OSError as error:
+        # What a worker raises comes with its traceback: the last line is what it said.
+        raise SystemExit(str(error).strip().split("\n")[-1]) from error
+    except RuntimeError as error:
+        if not re.search(r"worker .*(killed|exited)|shared memory", str(error)):
+            raise
+        hint = "Lower --num-workers or, in Docker, use docker run --shm-size=8g."
+        raise SystemExit(f"Reading images failed; too little memory? {hint}\n{error}") from error
+
+
+@failures_explained()
 def main(args):
-    """Train; returns the last mean "loss", the 20-NN accuracy "knn" (percent) and "checkpoint"."""
-    args, checkpoint = resolve(args)
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    parts, batch = args.bn_splits, args.batch_size
-    check(parts == 1 or 0 < parts < batch and parts % world == 0 == batch % parts, f"--bn-splits "
-          f"{parts}: need 1, or a multiple of {world} processes that divides --batch-size {batch}")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
-    if cuda: torch.cuda.set_device(device)
-    if world > 1:  # torchrun keeps its store when it restarts (pytorch #135712): take new keys
-        keys, again = next(dist.rendezvous("env://"))[0], os.getenv("TORCHELASTIC_RESTART_COUNT")
-        if os.getenv("GROUP_WORLD_SIZE") == "1": keys = dist.PrefixStore(again, keys)  # one node
-        dist.init_process_group("nccl" if cuda else "gloo", store=keys, rank=rank, world_size=world)
-    if local > 0: dist.barrier()  # until the first process of the node has downloaded
-    train, test = (ImageData(args, split, device) for split in (True, False))
-    if world > 1 and local == 0: dist.barrier()
-    n, differ = len(train.labels), sorted(set(train.classes) ^ set(test.classes))[:5]
-    check(args.batch_size <= n, f"--batch-size {args.batch_size}: there are {n} training images")
-    check(not differ, f"classes in only one of train and val: {', '.join(differ)}")
-    torch.manual_seed(args.seed)
-    model = MNN(args).to(device, memory_format=torch.channels_last)
-    network, optimizer = model, torch.optim.SGD(model.parameters(), fused=cuda)
-    start, steps, last = 0, n // args.batch_size, Path("runs", args.run_name, "last.pt")
-    if checkpoint:
-        try: model.load_state_dict(checkpoint["model"])
-        except RuntimeError: check(False, f"{args.resume} fits other data, --arch, --stem, ...")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start, model.bank.pushed, checkpoint = checkpoint["step"], checkpoint["pushed"], None
-    optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.weight_decay)
-    end, warmup = args.epochs * steps, args.warmup_epochs * steps
-    check(start < end, f"{args.resume}: all {start} steps are done; raise --epochs")
-    for net in model.online, model.target, model.predictor:
-        if world > 1 and cuda: nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        if args.compile: net.compile()
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and parts % world == 0:
-            norm.__class__, norm.size = SplitBatchNorm, batch // parts
-    if world > 1: network = nn.parallel.DistributedDataParallel(model)
-    network.broadcast_buffers = False  # every process computes the same bank
-    scale = None if train.images is None else args.crop_scale  # files come cropped
-    weak_view = dict(size=args.image_size, scale=scale, flip=args.flip, rotation=args.rotation)
-    strong_view = weak_view | dict(jitter=args.jitter, gray=args.gray, blur=args.blur)
-    if args.weak_flip is not None: weak_view["flip"] = args.weak_flip
+    """Train. Returns, for the first process, the last loss, knn (the k-NN accuracy in percent, None
+    without labels) and the path of the checkpoint."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    check_args(args, world_size)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world_size > 1:
+        backend = "nccl" if on_gpu else "gloo"
+        patience = timedelta(hours=1)  # for a download
+        dist.init_process_group(backend, timeout=patience, device_id=device if on_gpu else None)
     if rank == 0:
-        from torch.utils.tensorboard import SummaryWriter, summary
-        writer = SummaryWriter(last.parent, purge_step=start + 1)
-        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
-        for part in summary.hparams(plain, dict(knn=0)): writer.file_writer.add_summary(part)
-        print(f"{args}\n{world} x {device.type}, {n} images, steps {start} to {end}", flush=True)
-    signals, history, since, saved, spread = [], [], time.time(), time.time(), 1
-    for x in (signal.SIGTERM, signal.SIGINT): signal.signal(x, lambda *_: signals.append(1))
-    batches = train.batches(step_indices(n, args, start, rank, world), 2, args.seed, start)
-    for step, (indices, views, labels) in enumerate(batches, start + 1):
-        torch.manual_seed(hash((args.seed, step, rank)))
-        decay = (1 + math.cos(math.pi * max(0, step - 1 - warmup) / max(1, end - warmup))) / 2
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(decay, step / max(1, warmup))
-        views = [augment(view, **how) for view, how in zip(views, (weak_view, strong_view))]
-        loss, metrics = network(views, labels, indices)
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
-        history.append(torch.stack([loss, *metrics.values()]).detach())
-        if step % (args.log_every or steps) and step % steps: continue
-        means = F.pad(torch.stack(history).mean(0), (0, 1), value=len(signals))
-        if world > 1: dist.all_reduce(means)
-        *means, stopped = (means / world).tolist()  # the only place where the host waits
-        values, done = dict(zip(("loss", *metrics), means)), stopped or step == end
-        check(math.isfinite(means[0]), f"loss {means[0]} at step {step}, lr {lr:g}; kept: {last}")
-        values |= dict(lr=lr, img_per_s=len(history) * args.batch_size / (time.time() - since))
-        if rank == 0:
-            if step == end or step % (steps * args.knn_every or end) == 0 and not done:
-                values["knn"] = knn_accuracy(model.online[0], train, test, args)
-                shown = torch.stack([x[0] for x in torch.where(train.labels >= 0)[0].chunk(12)])
-                u = embed(nn.Sequential(*model.target), train, shown, args)  # without --compile
-                rows = nearest_neighbors(u, model.bank.embeddings[: len(model.bank)], args.topk)
-                writer.add_image("neighbors", draw(train, train.labels, shown, model, rows), step)
-            for name, value in values.items(): writer.add_scalar(name, value, step)
-            if values["spread"] < 0.01 <= spread: print("warning: the embeddings collapsed: --lr?")
-            line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            line = f"epoch {step / steps:.1f}/{args.epochs} step {step} {line}"
-            print(line, end="\x1b[K\r" if os.isatty(1) and not done else "\n", flush=True)
-            if done or time.time() - saved > 60 * args.checkpoint_every_minutes:
-                state = dict(step=step, pushed=model.bank.pushed, args=vars(args))
-                state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-                backbone, saved = model.online[0].state_dict(), time.time()
-                for path, content in (last, state), (last.with_name("backbone.pt"), backbone):
-                    with open(path.with_suffix(".tmp"), "wb") as file: torch.save(content, file)
-                    os.replace(file.name, path)  # whole or not at all
-        if world > 1 and done: dist.barrier()  # until the checkpoint is complete
-        check(step == end or not stopped, f"stopped at step {step}; continue with --resume {last}")
-        history, since, spread = [], time.time(), values["spread"]
-    if rank == 0: print(f"20-NN {values['knn']:.2f}%: python eval_linear.py --checkpoint {last}")
-    return dict(knn=math.nan, checkpoint=str(last)) | values
+        recipe = vars(RECIPES[args.dataset])
+        changes = {name: value for name, value in vars(args).items() if value != recipe[name]}
+        print(f"the recipe for {args.dataset}, with {changes or 'no changes'}", flush=True)
+
+    # The first process of each node loads the data first, as it may download them.
+    if world_size > 1 and local_rank > 0:
+        dist.barrier()
+    train = ImageData(args, is_train=True, device=device)
+    test = ImageData(args, is_train=False, device=device)
+    if world_size > 1 and local_rank == 0:
+        dist.barrier()
+    lines = check_data(args, train, test, world_size)
+    n = len(train.labels)
+    steps_per_epoch = n // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+
+    torch.manual_seed(args.seed)
+    norm_layer = nn.BatchNorm2d
+    if args.bn_splits > 1:
+        norm_layer = partial(SplitBatchNorm, splits=args.bn_splits // world_size)
+    backbone, width = build_backbone(args.arch, args.stem, norm_layer)
+    model = MNN(
+        backbone,
+        width,
+        hidden=args.hidden,
+        topk=args.topk,
+        bank_size=args.bank_size,
+        ema=args.ema,
+        lam=args.lam,
+        weighting=args.weighting,
+        symmetric=args.symmetric,
+        renormalize=args.renormalize_mix,
+    )
+    model = model.to(device, memory_format=torch.channels_last)
+    networks = (model.online, model.predictor, model.target)
+    if world_size > 1 and on_gpu:
+        heads = (model.online[1], model.predictor, model.target[1])
+        # SplitBatchNorm stays: its parts do not need each other.
+        for network in networks if args.bn_splits == 1 else heads:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        parameters, args.lr, args.momentum, weight_decay=args.weight_decay, fused=on_gpu
+    )
+
+    new_name = f"mnn-{args.dataset}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path("runs", args.run_name or new_name)
+    first_epoch = 0
+    if (folder / "last.pt").exists():
+        first_epoch, news = resume(folder / "last.pt", args, n, model, optimizer)
+        lines += news
+    if len(gather(torch.tensor([first_epoch], device=device)).unique()) > 1:
+        raise SystemExit("the processes see other checkpoints: they must share the folder runs/")
+    if args.compile:
+        for network in networks:
+            network.compile()
+    parallel_model = model
+    if world_size > 1:
+        parallel_model = nn.parallel.DistributedDataParallel(model)
+        parallel_model.broadcast_buffers = False  # from now on: all fill the same bank
+    if rank == 0:
+        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
+        writer.add_text("args", str(args))
+        lines.append(f"training on {world_size} x {device.type}, writing to {folder}")
+        print(*lines, sep="\n", flush=True)
+
+    def measure_knn(epoch):
+        knn = knn_accuracy(backbone, train, test, rank, world_size)
+        if rank == 0 and knn is not None:
+            writer.add_scalar("knn", knn, epoch * steps_per_epoch)
+            print(f"epoch {epoch}/{args.epochs}  k-NN accuracy {knn:.2f}%", flush=True)
+        return knn
+
+    weak_args = args
+    if args.weak_flip is not None:
+        weak_args = replace(args, flip=args.weak_flip)
+    loss = torch.tensor(math.nan)  # if no epoch is left
+    for epoch in range(first_epoch, args.epochs):
+        if epoch % args.knn_every == 0:
+            measure_knn(epoch)  # at first, that of the untrained network
+        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)  # the same when resumed
+        order = epoch_order(n, epoch, args, rank, world_size).to(device)
+        started = time.time()
+        history = []
+        for i, crops in enumerate(train.batches(order, crops=2)):
+            step = epoch * steps_per_epoch + i + 1
+            lr = learning_rate(step, steps_per_epoch, args)
+            optimizer.param_groups[0]["lr"] = lr
+
+            weak = weak_view(crops[0], weak_args)
+            strong = strong_view(crops[1], args)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp and on_gpu):
+                loss, metrics = parallel_model(weak, strong, train.labels[order[i]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_target()
+
+            history.append(torch.stack([loss.detach(), *metrics.values()]))
+            if (i + 1) % args.log_every != 0 and i + 1 < steps_per_epoch:
+                continue
+            # From here on the host waits for the device. A NaN of one process is in all weights.
+            if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
+                raise SystemExit(f"loss or weights not finite: step {step}, lr {lr:g}; lower --lr")
+            if rank == 0:
+                means = torch.stack(history).nanmean(dim=0).tolist()
+                names = ["loss", *metrics]
+                entry = {name: x for name, x in zip(names, means) if not math.isnan(x)}
+                seconds_per_step = (time.time() - started) / (i + 1)
+                speed = args.batch_size / seconds_per_step
+                left = timedelta(seconds=int(seconds_per_step * (total_steps - step)))
+                text = "  ".join(f"{name} {value:.3f}" for name, value in entry.items())
+                head = f"epoch {epoch + 1}/{args.epochs}  step {i + 1}/{steps_per_epoch}"
+                print(f"{head}  {text}  lr {lr:.3g}  {speed:.0f} images/s  {left} left", flush=True)
+                for name, value in (entry | {"lr": lr, "images_per_s": speed}).items():
+                    writer.add_scalar(name, value, step)
+            history.clear()
+
+        if rank == 0:  # before the evaluation, which may fail
+            state = {"model": model.state_dict(), "pushed": model.bank.pushed}
+            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step}
+            state |= {"args": vars(args), "images": n}
+            save(backbone.state_dict(), folder / "backbone.pt")
+            save(state, folder / "last.pt")
+
+    knn = measure_knn(args.epochs)
+    if rank == 0:
+        writer.close()
+        print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
+    if world_size > 1:
+        dist.destroy_process_group()
+    return {"loss": loss.item(), "knn": knn, "checkpoint": str(folder / "last.pt")}
+
 
 if __name__ == "__main__":
-    try: main(tyro.cli(Args))
-    except OSError as error: check(False, f"{error}; the last checkpoint, if any, is whole")
+    main(parse_args())

@@ -21,9 +21,10 @@ u is its own nearest row, so that k = 1 is BYOL with one pair of views.
 import argparse
 import contextlib
 import copy
-import glob
+import io
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -52,7 +53,7 @@ class Args:
     # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
-    num_workers: int = min(8, os.cpu_count())  # processes that read image files, for each GPU
+    num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
     run_name: str | None = None  # outputs go to runs/RUN_NAME; the same name continues it
     seed: int = 0  # of the weights, the order of the images and their views
     log_every: int = 50  # steps between two lines within an epoch
@@ -87,11 +88,11 @@ class Args:
 
 
 # fmt: off
-IMAGENET = Args(  # section 4 of the paper; topk, ema and momentum are those of digits
+IMAGENET = Args(  # section 4 of the paper, which also gives Args its topk, ema and momentum
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, bank_size=1_024_000)
-CIFAR10 = replace(  # optimiser and bank: arXiv 2311.00562, whose authors ran MSF on small images
+CIFAR10 = replace(  # arXiv 2311.00562, whose authors ran MSF on small images: optimiser and bank
     IMAGENET, dataset="cifar10", image_size=32, arch="resnet18", stem="small", lr=0.06,
     warmup_epochs=5.0, weight_decay=5e-4, bank_size=4096)
 STL10 = replace(  # of the same authors
@@ -178,12 +179,13 @@ class MSF(nn.Module):
         self.predictor = mlp(dim, 2 * width, dim)  # h
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.bank = MemoryBank(bank_size, dim)  # M
-        self.move_average = get_ema_multi_avg_fn(ema)
+        self.ema = ema
 
     def update_target(self):
         """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
         averages = list(self.target.parameters())
-        self.move_average(averages, list(self.online.parameters()), None)  # torch's, without grad
+        weights = list(self.online.parameters())
+        get_ema_multi_avg_fn(self.ema)(averages, weights, None)  # None: a count that it ignores
 
     def forward(self, weak, strong, labels):
         """Views [b, 3, S, S] -> loss, and metrics to log. Labels [b] only measure the purity."""
@@ -214,12 +216,12 @@ def label_purity(neighbor_labels, labels):
 # ======== networks ========
 
 
-def build_backbone(arch, stem):
+def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
     """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
     if arch == "resnet10":
-        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     else:
-        net = getattr(resnet, arch)()
+        net = getattr(resnet, arch)(norm_layer=norm_layer)
     if stem != "imagenet":
         stride = 2 if stem == "small-stride" else 1
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
@@ -289,22 +291,38 @@ def list_files(root, is_train, need_classes):
     folder = root / ("train" if is_train else "val")
     if is_train and not need_classes and not folder.is_dir():
         folder = root
-    names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # none that begin with a dot
-    names = [name for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
-    names = [name for name in names if os.sep + "@" not in os.sep + name]  # nor an @ (of a NAS)
+    names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
         raise FileNotFoundError(f"no images in {folder.absolute()}")
 
     class_names = [os.path.dirname(name).split(os.sep)[0] for name in names]
     if (folder / "val_annotations.txt").exists():  # Tiny ImageNet has a list in place of folders
         lines = (folder / "val_annotations.txt").read_text().splitlines()
-        listed = dict(line.split("\t")[:2] for line in lines)
-        class_names = [listed.get(os.path.basename(name), "") for name in names]
-    folders = glob.glob("[!@]*" + os.sep, root_dir=root / "train")  # number val/ too
-    classes = {name.rstrip(os.sep) for name in folders} - {"unlabelled", "unlabeled"}
-    label_of = {name: label for label, name in enumerate(sorted(classes))}
+        listed = dict(line.split("\t")[:2] for line in lines if line)
+        pairs = zip(names, class_names)
+        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+    classes = []
+    if (root / "train").is_dir():  # which numbers the classes of val/, too
+        classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+    no_classes = ("unlabelled", "unlabeled")
+    classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
+    label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of.get(name, -1) for name in class_names]
     return [os.path.join(folder, name) for name in names], labels
+
+
+def find_images(folder):
+    """Paths, relative to folder, of the image files in it at any depth. Names that begin with . or
+    @ (of a NAS) are no data."""
+    names = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] in ".@":
+            continue
+        if entry.is_dir():
+            names += [os.path.join(entry.name, name) for name in find_images(entry.path)]
+        elif entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
+            names.append(entry.name)
+    return names
 
 
 def read_image(path):
@@ -312,7 +330,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
-            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray, by Pillow's version
+            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray in any Pillow
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
@@ -355,25 +373,26 @@ class ImageData:
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
             order = torch.arange(len(labels)).split(256)
-            images = torch.cat([batch.squeeze(1) for batch in self.read_files(order, crops=0)])
+            batches = self.read_files(order, crops=0)
+            # Cloned, so that the workers' shared memory is free again.
+            images = torch.cat([batch.squeeze(1).clone() for batch in batches])
         self.images = None if images is None else images.contiguous().to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, crops):
         """For each batch of indices [b] in order, a list of `crops` tensors [b, 3, S, S] in 0..1:
-        random crops or, for crops = 0, one with the images as they are tested."""
+        random crops or, for crops = 0, one with the images as they are tested, at their size."""
         if self.images is None:
             for images in self.read_files(order, crops):
                 images = images.to(self.device, non_blocking=True) / 255
                 yield list(images.unbind(1))
         else:
-            size = self.args.image_size
             for indices in order:
                 images = self.images[indices] / 255
-                if crops > 0:
-                    yield [random_crop(images, self.args) for _ in range(crops)]
+                if crops == 0:
+                    yield [images]
                 else:
-                    yield [F.interpolate(images, size, mode="bilinear", antialias=True)]
+                    yield [random_crop(images, self.args) for _ in range(crops)]
 
     def read_files(self, order, crops):
         """For each batch of indices [b] in order, uint8 [b, max(1, crops), 3, S, S]."""
@@ -521,6 +540,8 @@ def strong_view(crops, args):
 def check_data(args, train, test, world_size):
     """Lines to print about data and run. Raises SystemExit for fewer images than a batch."""
     n = len(train.labels)
+    if n < 2 * world_size:
+        raise SystemExit(f"{n} training images are too few")
     if args.batch_size > n:
         batch = world_size * max(2, n // 4 // world_size)  # some four steps an epoch
         fitting = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
@@ -547,6 +568,8 @@ def embed(backbone, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     features = []
     backbone.eval()
+    for buffer in backbone.buffers() if dist.is_initialized() else []:
+        dist.broadcast(buffer, 0)  # BatchNorm's statistics differ where it is not synchronised
     for (images,) in data.batches(indices[own].split(256), crops=0):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
             output = backbone(standardize(images))
@@ -584,8 +607,11 @@ def learning_rate(step, steps_per_epoch, args):
 
 def save(content, path):
     """Write a file whole or not at all."""
-    with open(path.with_suffix(".tmp"), "wb") as file:  # OSError if the disk is full
-        torch.save(content, file)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.with_suffix(".tmp").write_bytes(
+        buffer.getbuffer()
+    )  # OSError if the disk is full; torch's own is not
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -593,18 +619,18 @@ def resume(path, args, n, model, optimizer):
     """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
     SystemExit if the number of images or the model is another."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["images"] != n:
+    if state.get("images", n) != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        fault = f"{path} is of another script, --arch, --stem or --bank-size"
+    except (KeyError, RuntimeError) as error:
+        fault = f"{path} is of another script or sizes (--arch, --stem, --bank-size, ...)"
         raise SystemExit(f"{fault}: choose a new --run-name") from error
     model.bank.pushed = state["pushed"]
+    given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
-    given = {"momentum": args.momentum, "weight_decay": args.weight_decay}
-    optimizer.param_groups[0].update(given)
+    optimizer.param_groups[0].update(given)  # not the old momentum and weight decay
     lines = [f"continuing after epoch {state['epoch']}"]
     for name, value in vars(args).items():
         old = state["args"].get(name)
@@ -623,7 +649,7 @@ def failures_explained():
         # What a worker raises comes with its traceback: the last line is what it said.
         raise SystemExit(str(error).strip().split("\n")[-1]) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not re.search(r"worker .*(killed|exited)|shared memory", str(error)):
             raise
         hint = "Lower --num-workers or, in Docker, use docker run --shm-size=8g."
         raise SystemExit(f"Reading images failed; too little memory? {hint}\n{error}") from error
@@ -643,7 +669,9 @@ def main(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        backend = "nccl" if on_gpu else "gloo"
+        patience = timedelta(hours=1)  # for a download
+        dist.init_process_group(backend, timeout=patience, device_id=device if on_gpu else None)
     if rank == 0:
         recipe = vars(RECIPES[args.dataset])
         changes = {name: value for name, value in vars(args).items() if value != recipe[name]}
@@ -665,8 +693,10 @@ def main(args):
     backbone, width = build_backbone(args.arch, args.stem)
     model = MSF(backbone, width, args.topk, args.bank_size, args.ema)
     model = model.to(device, memory_format=torch.channels_last)
+    networks = (model.online, model.predictor, model.target)
     if world_size > 1 and on_gpu:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: backbone stays its part
+        for network in networks:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, args.lr, args.momentum, weight_decay=args.weight_decay, fused=on_gpu
@@ -678,13 +708,15 @@ def main(args):
     if (folder / "last.pt").exists():
         first_epoch, news = resume(folder / "last.pt", args, n, model, optimizer)
         lines += news
+    if len(gather(torch.tensor([first_epoch], device=device)).unique()) > 1:
+        raise SystemExit("the processes see other checkpoints: they must share the folder runs/")
     if args.compile:
-        for network in (model.online, model.predictor, model.target):
+        for network in networks:
             network.compile()
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        parallel_model.broadcast_buffers = False  # after a first time: all fill the same bank
+        parallel_model.broadcast_buffers = False  # from now on: all fill the same bank
     if rank == 0:
         writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
         writer.add_text("args", str(args))
@@ -744,8 +776,8 @@ def main(args):
             state = {"model": model.state_dict(), "pushed": model.bank.pushed}
             state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step}
             state |= {"args": vars(args), "images": n}
-            save(state, folder / "last.pt")
             save(backbone.state_dict(), folder / "backbone.pt")
+            save(state, folder / "last.pt")
 
     knn = measure_knn(args.epochs)
     if rank == 0:

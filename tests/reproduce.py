@@ -82,11 +82,10 @@ def train_and_judge(method, seed, args):
     heads = ["--hidden", "1024"] if script == "mnn" else []  # as wide as the other methods' on these networks
     epochs = args.epochs or (200 if small else 40)
     command = [f"{script}.py", *words, *heads, *data, *(small or DIGITS.split()), "--epochs", str(epochs)]
-    resume = ["--knn-every", "1000"] if script == "msf" else ["--resume", "auto", "--knn-every", "0"]
-    output, seconds = call([*command, "--run-name", name, *resume], args)
+    output, seconds = call([*command, "--run-name", name, "--knn-every", "1000"], args)
     call(["eval_linear.py", "--checkpoint", f"runs/{name}/last.pt", "--data-dir", args.data_dir], args)
     result = json.loads(Path("runs", name, "eval.json").read_text())["top1"] | dict(seconds=seconds)
-    found = re.findall(r"classifier ([\d.]+)", output)
+    found = re.findall(r"classifier accuracy ([\d.]+)", output)
     result |= dict(classifier=float(found[-1])) if found else {}
     known.write_text(json.dumps(result))
     return result

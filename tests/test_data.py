@@ -44,6 +44,14 @@ def names(data):
     return [path.removeprefix("photos/") for path in data.paths]
 
 
+def knn_data(images, labels):
+    """Images in memory, uint8 [N, 3, H, H] or None, with labels."""
+    data = msf.ImageData(msf.RECIPES["digits"], False, CPU)
+    data.images = images
+    data.labels = torch.as_tensor(labels)
+    return data
+
+
 # ---- layouts of folders
 
 
@@ -105,6 +113,25 @@ def test_names_that_begin_with_a_dot_or_an_at_sign_are_no_data(labelled):
     data = load()
     assert [Path(path).parent.name for path in data.paths] == ["cat", "dog"]
     assert data.labels.tolist() == ([0, 1] if labelled else [-1, -1])
+
+
+def test_a_folder_that_is_named_like_a_picture_is_a_folder():
+    picture("photos/train/cat/album.jpg/1.jpg")
+    assert names(load()) == ["train/cat/album.jpg/1.jpg"]
+
+
+def test_linked_folders_are_followed():
+    picture("elsewhere/1.jpg")
+    Path("photos/train").mkdir(parents=True)
+    Path("photos/train/cat").symlink_to(Path("elsewhere").absolute())
+    assert names(load()) == ["train/cat/1.jpg"]
+
+
+def test_a_link_in_a_circle_is_answered_by_one_line():
+    picture("photos/train/cat/1.jpg")
+    Path("photos/train/cat/again").symlink_to(Path("photos/train/cat").absolute())
+    with pytest.raises(SystemExit, match=r"Too many levels of symbolic links"):
+        load()
 
 
 def test_a_home_folder_is_found(monkeypatch, tmp_path):

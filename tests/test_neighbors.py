@@ -1,11 +1,17 @@
 """The search and the memory bank against slow and obvious versions."""
 
+import math
+
 import pytest
 import torch
-from scripts import METHODS
-from test_losses import unit
+import torch.nn.functional as F
+from scripts import METHODS, small_model
+from test_losses import mean_shift_loss, unit
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import cmsf_semi
+import cmsf_ssl
 
 
 def slow_neighbors(targets, bank, k):
@@ -65,7 +71,7 @@ def test_search_and_loss_stay_in_float32_where_networks_are_in_bfloat16(script, 
         rows[:, 0] @ rows[:, 1].T
         assert products.dtypes == [torch.bfloat16]
         script.nearest_neighbors(rows[:, 0], rows[:, 1], 2)
-        script.mean_shift_loss(rows[:, 0], rows)
+        mean_shift_loss(script, rows[:, 0], rows)
         assert products.dtypes == [torch.bfloat16, torch.float32, torch.float32]
 
 
@@ -90,15 +96,114 @@ def test_the_bank_is_first_in_first_out(script, size, pushes):
     rows = [None] * size
     pushed = 0
     for n in pushes:
-        embeddings = torch.randn(n, 3)
-        labels = torch.randint(0, 9, (n,))
-        bank.enqueue(embeddings, labels)
-        for embedding, label in zip(embeddings, labels):
-            rows[pushed % size] = (embedding, label)
+        columns = []  # embeddings, labels and what else a script keeps, in the order of enqueue
+        for buffer in bank.buffers():
+            is_embedding = buffer.dtype == torch.float32
+            columns.append(torch.randn(n, 3) if is_embedding else torch.randint(0, 9, (n,)))
+        bank.enqueue(*columns)
+        for row in zip(*columns):
+            rows[pushed % size] = row
             pushed += 1
         assert len(bank) == min(pushed, size)
         for i, row in enumerate(rows):
-            if row is None:
-                assert bank.labels[i] == -1
-            else:
-                assert torch.equal(bank.embeddings[i], row[0]) and bank.labels[i] == row[1]
+            for j, buffer in enumerate(bank.buffers()):
+                empty = torch.zeros(3) if buffer.dtype == torch.float32 else torch.tensor(-1)
+                assert torch.equal(buffer[i], empty if row is None else row[j])
+
+
+# ---- the neighbours of cmsf_ssl.py
+
+
+@pytest.mark.parametrize("k, n", [(1, 1), (3, 3), (3, 7), (5, 30)])
+def test_constrained_neighbours_equal_loops(k, n):
+    """Of the n rows nearest in the other bank, the k nearest in this one."""
+    targets, bank = unit(9, 8), unit(30, 8)
+    other_targets, other_bank = unit(9, 8), unit(30, 8)
+    found = cmsf_ssl.constrained_neighbors(targets, bank, other_targets, other_bank, k, n)
+    candidates = slow_neighbors(other_targets, other_bank, n)
+    for i in range(9):
+        order = slow_neighbors(targets[i : i + 1], bank, 30)[0].tolist()
+        expected = [row for row in order if row in candidates[i]][:k]
+        assert found[i].tolist() == expected
+
+
+def test_neighbours_of_one_cluster_equal_loops():
+    """Clusters of 0, 1, 2, 3 and more rows."""
+    bank_clusters = torch.tensor([1, 2, 2, 3, 3, 3] + [4] * 9)[torch.randperm(15)]
+    clusters = torch.tensor([0, 1, 2, 3, 4, 4])
+    similarities = torch.randn(6, 15)
+    found, valid = cmsf_ssl.cluster_neighbors(similarities, clusters, bank_clusters, 3)
+    for i, cluster in enumerate(clusters):
+        order = similarities[i].argsort(descending=True)
+        expected = [row for row in order.tolist() if bank_clusters[row] == cluster][:3]
+        assert found[i][valid[i]].tolist() == expected
+        assert valid[i].tolist() == [j < len(expected) for j in range(3)]
+
+
+def test_kmeans_finds_separate_groups():
+    centers = F.normalize(torch.randn(6, 32), dim=1)
+    groups = torch.arange(120) % 6
+    embeddings = F.normalize(centers[groups] + 0.02 * torch.randn(120, 32), dim=1)
+    clusters = cmsf_ssl.spherical_kmeans(embeddings, 24)
+    assert clusters.min() >= 0 and clusters.max() < 24
+    for cluster in clusters.unique():
+        assert len(groups[clusters == cluster].unique()) == 1
+
+
+def test_kmeans_equals_loops():
+    embeddings = F.normalize(torch.randn(50, 4), dim=1)
+    torch.manual_seed(1)
+    ours = cmsf_ssl.spherical_kmeans(embeddings, 7, rounds=5)
+    torch.manual_seed(1)
+    centers = [embeddings[i] for i in torch.randperm(50)[:7]]
+    for _ in range(5):
+        nearest = [max(range(7), key=lambda c: (row @ centers[c]).item()) for row in embeddings]
+        for c in range(7):
+            members = [row for row, cluster in zip(embeddings, nearest) if cluster == c]
+            if members:
+                total = sum(members)
+                centers[c] = total / total.norm()
+    assert ours.tolist() == nearest
+
+
+def test_an_image_without_embedding_is_a_cluster_of_its_own():
+    model = small_model(cmsf_ssl, num_images=20)
+    model.cached[:15] = True
+    model.cache[:15] = F.normalize(torch.randn(15, 128), dim=1)
+    model.update_clusters(images_per_cluster=5)
+    assert model.clusters[:15].max() < 3
+    assert len(model.clusters[15:].unique()) == 5 and model.clusters[15:].min() >= 3
+
+
+# ---- the neighbours of cmsf_semi.py
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_same_label_neighbours_equal_loops(k):
+    """Classes with 0, 1, k - 1, k and more rows, rows without label, images without label."""
+    counts = {0: 0, 1: 1, 2: k - 1, 3: k, 4: k + 7, -1: 12}
+    bank_labels = torch.tensor([label for label, n in counts.items() for _ in range(n)])
+    bank_labels = bank_labels[torch.randperm(len(bank_labels))]
+    targets, bank = unit(18, 8), unit(len(bank_labels), 8)
+    labels = torch.tensor([0, 1, 2, 3, 4, -1] * 3)
+    found, valid = cmsf_semi.same_label_neighbors(targets, labels, bank, bank_labels, k)
+    assert found.shape == valid.shape == (18, k) and valid.dtype == torch.bool
+    for i, label in enumerate(labels):
+        order = slow_neighbors(targets[i : i + 1], bank, len(bank))[0].tolist()
+        expected = [row for row in order if label < 0 or bank_labels[row] == label][:k]
+        assert found[i][valid[i]].tolist() == expected
+        assert valid[i].tolist() == [j < len(expected) for j in range(k)]
+
+
+def test_more_neighbours_of_a_label_than_rows_in_the_bank_is_an_error():
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="4 neighbours of a bank with 3 rows"):
+        cmsf_semi.same_label_neighbors(unit(2, 5), labels[:2], unit(3, 5), labels, 4)
+
+
+def test_a_row_that_is_not_a_number_is_not_taken_for_another_label():
+    bank = unit(20, 8)
+    bank[7] = math.nan
+    labels = torch.zeros(20, dtype=torch.int64)
+    found, _ = cmsf_semi.same_label_neighbors(unit(2, 8), labels[:2], bank, labels, 3)
+    assert (found == 7).any(dim=1).all()

@@ -1,38 +1,40 @@
-"""What README says: its commands parse, its links lead somewhere."""
+"""What README says: its commands parse, its links lead somewhere, its example trains."""
 
 import re
 import shlex
+import types
+from pathlib import Path
 
 import pytest
 import tyro
-from conftest import ROOT
+from scripts import METHODS
+from test_data import labelled_pictures
+from test_training import tiny
 
-import cmsf_semi
-import cmsf_ssl
 import eval_linear
-import mnn
-import msf
 
+ROOT = Path(eval_linear.__file__).parent
 TEXT = (ROOT / "README.md").read_text()
-SCRIPTS = {f"{script.__name__}.py": script for script in (msf, cmsf_ssl, cmsf_semi, mnn, eval_linear)}
-COMMAND = re.compile(r"(?:python|torchrun [^`|\n]*?) (\w+\.py)((?: (?!\.\.\.)[^\s`|#$]+)*)(?![^`|\n]*\$)")
-COMMANDS = sorted({(script, words) for script, words in COMMAND.findall(TEXT) if script in SCRIPTS})
+SCRIPTS = {f"{script.__name__}.py": script for script in [*METHODS, eval_linear]}
+COMMAND = re.compile(
+    r"(?:python|torchrun [^`|\n]*?) (\w+\.py)((?: (?!\.\.\.)[^\s`|#$]+)*)(?![^`|\n]*\$)"
+)
+COMMANDS = sorted({found for found in COMMAND.findall(TEXT) if found[0] in SCRIPTS})
 
 
 def test_commands_were_found():
     assert len(COMMANDS) > 12 and {script for script, _ in COMMANDS} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("script, words", COMMANDS)
-def test_a_command_of_the_readme_is_understood(script, words, monkeypatch):
+@pytest.mark.parametrize("name, words", COMMANDS)
+def test_a_command_is_understood(name, words, monkeypatch):
     words = [word for word in shlex.split(words) if word != "--help"]
-    if script == "msf.py":
-        monkeypatch.setattr("sys.argv", [script, *words])
-        msf.check_args(msf.parse_args(), 1)
+    if name == "eval_linear.py":
+        tyro.cli(eval_linear.Args, args=words)
         return
-    args = tyro.cli(SCRIPTS[script].Args, args=words)
-    if script != "eval_linear.py" and not args.resume:
-        SCRIPTS[script].resolve(args)
+    monkeypatch.setattr("sys.argv", [name, *words])
+    script = SCRIPTS[name]
+    script.check_args(script.parse_args(), 1)
 
 
 def test_links_within_the_readme_lead_somewhere():
@@ -40,3 +42,19 @@ def test_links_within_the_readme_lead_somewhere():
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     links = re.findall(r"\]\(#([^)]*)\)", TEXT)
     assert len(links) > 5 and set(links) <= anchors
+
+
+def test_mixing_inside_msf_trains():
+    """The lines of README in place of the one that it names."""
+    block = re.search(
+        r"```python\n# in MSF.forward, for the line `loss = ...`\n(.*?)```", TEXT, re.S
+    )
+    lines = "".join(f"        {line}\n" for line in block[1].splitlines())
+    source = (ROOT / "msf.py").read_text()
+    changed, count = re.subn(r"        loss = mean_shift_loss\(.*\n", lines, source)
+    assert count == 1
+    script = types.ModuleType("mixed")
+    script.__file__ = "mixed.py"
+    exec(compile(changed, "mixed.py", "exec"), script.__dict__)
+    labelled_pictures()
+    assert 0 < script.main(tiny(script))["loss"] < 4

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cmsf_semi
+import cmsf_ssl
+import mnn
 import msf
 
 VALUES = np.load(Path(__file__).parent / "reference.npz")
@@ -58,3 +61,60 @@ def test_msf_as_its_forward_pass_puts_it_together(monkeypatch):
     torch.testing.assert_close(loss.double(), values["loss"], atol=1e-5, rtol=0)
     torch.testing.assert_close(queries.grad.double(), values["grad"], atol=1e-5, rtol=0)
     assert metrics["purity"].item() == pytest.approx(values["purity"].item())
+
+
+@pytest.mark.parametrize("n", [5, 10, 20])
+def test_cmsf_ssl(n):
+    values = reference(f"cmsf_ssl/n{n}_")
+    queries = values["queries"].requires_grad_()
+    targets = values["targets"]
+    bank = values["bank_after"]
+    nearest = cmsf_ssl.nearest_neighbors(targets, bank, 5)
+    related = cmsf_ssl.constrained_neighbors(
+        targets, bank, values["previous_targets"], values["previous_bank_after"], 5, n
+    )
+    unit_queries = F.normalize(queries, dim=1)
+    loss = cmsf_ssl.mean_shift_loss(unit_queries, bank[nearest]) / 2
+    loss = loss + cmsf_ssl.mean_shift_loss(unit_queries, bank[related]) / 2
+    loss.backward()
+    assert_close(loss, values["loss"])
+    assert_close(queries.grad, values["grad"])
+
+
+def test_cmsf_semi():
+    values = reference("cmsf_semi/")
+    queries = values["queries"].requires_grad_()
+    targets = F.normalize(values["targets"], dim=1)
+    probability, predicted = values["probabilities"].max(dim=1)
+    given = values["given_labels"]
+    confident = (given < 0) & (probability >= values["confidence"])
+    labels = torch.where(confident, predicted, given)
+    assert torch.equal(labels, values["labels_used"])
+
+    bank = cmsf_semi.MemoryBank(96, 8).double()
+    bank.enqueue(values["bank"], values["bank_labels"], values["bank_labels"])
+    bank.enqueue(targets, labels, labels)
+    assert_close(bank.embeddings, values["bank_after"])
+    assert torch.equal(bank.labels, values["bank_labels_after"])
+    nearest, valid = cmsf_semi.same_label_neighbors(
+        targets, labels, bank.embeddings, bank.labels, 5
+    )
+    unit_queries = F.normalize(queries, dim=1)
+    loss = cmsf_semi.mean_shift_loss(unit_queries, bank.embeddings[nearest], valid)
+    loss.backward()
+    assert_close(loss, values["loss"])
+    assert_close(queries.grad, values["grad"])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.37, 1.0])
+def test_mnn(lam):
+    values = reference(f"mnn/lam{lam}_")
+    queries = values["queries"].requires_grad_()
+    targets = F.normalize(values["targets"], dim=1)
+    bank = F.normalize(values["bank"], dim=1)
+    nearest = mnn.nearest_neighbors(targets, bank, 5)
+    mixed = mnn.mix_neighbors(targets, bank[nearest], lam)
+    loss = mnn.mnn_loss(F.normalize(queries, dim=1), targets, mixed)
+    loss.backward()
+    assert_close(loss, values["loss"])
+    assert_close(queries.grad, values["grad"])

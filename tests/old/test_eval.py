@@ -12,7 +12,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import cmsf_ssl
 import eval_linear
 import msf
 
@@ -97,8 +96,9 @@ def test_a_prefix_chooses_among_networks():
 
 
 def own_checkpoint(**given):
-    args, _ = cmsf_ssl.resolve(cmsf_ssl.Args(**given))
-    model = cmsf_ssl.CMSF(args, 1437)
+    args = dataclasses.replace(msf.RECIPES["digits"], **given)
+    backbone, width = msf.build_backbone(args.arch, args.stem)
+    model = msf.MSF(backbone, width, args.topk, args.bank_size, args.ema)
     Path("runs/a").mkdir(parents=True)
     state = dict(step=7, pushed=0, args=vars(args), model=model.state_dict())
     torch.save(state, "runs/a/last.pt")
@@ -313,7 +313,9 @@ def test_knn_of_raw_pixels():
     """On digits, methods.md's figure for 1-NN; with a share of the labels, against loops."""
     assert judge(baseline="raw", epochs=0)["1-NN"] == pytest.approx(95.28, abs=0.01)
     few = judge(baseline="raw", epochs=0, labels="3pct")
-    train, test = (data(cmsf_ssl, split) for split in (True, False))
+    cpu = torch.device("cpu")
+    train, test = (msf.ImageData(msf.RECIPES["digits"], split, cpu) for split in (True, False))
+    train.classes = list(range(10))
     given = eval_linear.given_labels("3pct", 0, train)
     rows = (given >= 0).nonzero()[:, 0].tolist()
     pixels, queries = ((x.images.flatten(1) / 255.0).double() for x in (train, test))
@@ -388,3 +390,18 @@ def test_a_checkpoint_of_msf_is_judged(few_digits, capsys):
     judge(checkpoint=trained["checkpoint"], epochs=1, num_workers=0)
     result = judge(checkpoint=trained["checkpoint"], epochs=1, num_workers=0, fine_tune=True)
     assert 0 <= result["fine-tuned"] <= 100 and "no projector" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("k, temperature", [(1, None), (4, None), (30, None), (7, 0.1)])
+def test_knn_predict_equals_loops(k, temperature):
+    queries, features = torch.randn(20, 5).double(), torch.randn(30, 5).double()
+    features[10:20] = features[:10]  # ties between rows, of other classes
+    labels = torch.randint(0, 4, (30,))
+    labels[10:20] = labels[:10]
+    predicted = eval_linear.knn_predict(queries, features, labels, k, 6, temperature)
+    for query, answer in zip(queries, predicted):
+        cosines = torch.cosine_similarity(query[None], features).tolist()
+        votes = [0.0] * 6
+        for cosine, label in sorted(zip(cosines, labels.tolist()), reverse=True)[:k]:
+            votes[label] += math.exp(cosine / temperature) if temperature else 1
+        assert answer == votes.index(max(votes))  # the lower class wins a tie
