@@ -707,8 +707,9 @@ def embed(backbone, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     features = []
     backbone.eval()
-    for buffer in backbone.buffers() if dist.is_initialized() else []:
-        dist.broadcast(buffer, 0)  # BatchNorm's statistics differ where it is not synchronised
+    if dist.is_initialized():  # without SyncBatchNorm, each process has statistics of its own
+        for buffer in backbone.buffers():
+            dist.broadcast(buffer, 0)
     for (images,) in data.batches(indices[own].split(256), crops=0):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
             output = backbone(standardize(images))

@@ -660,8 +660,9 @@ def embed(backbone, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     features = []
     backbone.eval()
-    for buffer in backbone.buffers() if dist.is_initialized() else []:
-        dist.broadcast(buffer, 0)  # BatchNorm's statistics differ where it is not synchronised
+    if dist.is_initialized():  # without SyncBatchNorm, each process has statistics of its own
+        for buffer in backbone.buffers():
+            dist.broadcast(buffer, 0)
     for (images,) in data.batches(indices[own].split(256), crops=0):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
             output = backbone(standardize(images))
@@ -801,9 +802,10 @@ def main(args):
     model = model.to(device, memory_format=torch.channels_last)
     networks = (model.online, model.predictor, model.target)
     if world_size > 1 and on_gpu:
-        heads = (model.online[1], model.predictor, model.target[1])
-        # SplitBatchNorm stays: its parts do not need each other.
-        for network in networks if args.bn_splits == 1 else heads:
+        synchronised = networks
+        if args.bn_splits > 1:  # parts need nothing from other processes
+            synchronised = (model.online[1], model.predictor, model.target[1])
+        for network in synchronised:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(

@@ -11,6 +11,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
+import mnn
 import msf
 
 CPU = torch.device("cpu")
@@ -140,19 +141,25 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
     assert len(load(data_dir="~/photos").paths) == 1
 
 
-@pytest.mark.parametrize("rearranged", [False, True])
-def test_tiny_imagenet_as_it_is_distributed_and_with_val_in_class_folders(rearranged):
+def write_tiny_imagenet(root, each=1, rearranged=False):
+    """Two classes; the val pictures are of n02, n01 and n02."""
     for name in ("n01", "n02"):
-        picture(f"photos/train/{name}/images/{name}_0.JPEG", 64)
+        for i in range(each):
+            picture(f"{root}/train/{name}/images/{name}_{i}.JPEG", 64)
     for name, file in (("n02", "val_0.JPEG"), ("n01", "val_1.JPEG"), ("n02", "val_2.JPEG")):
-        picture(f"photos/val/{name if rearranged else 'images'}/{file}", 64)
+        picture(f"{root}/val/{name if rearranged else 'images'}/{file}", 64)
     if not rearranged:
         rows = [
             "val_0.JPEG\tn02\t0\t0\t62\t62",
             "val_1.JPEG\tn01\t0\t0\t62\t62",
             "val_2.JPEG\tn02\t1",
         ]
-        Path("photos/val/val_annotations.txt").write_text("\n".join(rows) + "\n")
+        Path(f"{root}/val/val_annotations.txt").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("rearranged", [False, True])
+def test_tiny_imagenet_as_it_is_distributed_and_with_val_in_class_folders(rearranged):
+    write_tiny_imagenet("photos", rearranged=rearranged)
     tiny = replace(msf.RECIPES["tinyimagenet"], data_dir="photos", num_workers=0)
     train = msf.ImageData(tiny, True, CPU)
     val = msf.ImageData(tiny, False, CPU)
@@ -164,40 +171,76 @@ def test_tiny_imagenet_as_it_is_distributed_and_with_val_in_class_folders(rearra
 # ---- data sets of torchvision, in the form of their archives
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(name, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+@pytest.fixture
+def unchecked(monkeypatch):
+    """torchvision takes stand-ins of its archives' files."""
+    for dataset in (torchvision.datasets.CIFAR10, torchvision.datasets.STL10):
+        monkeypatch.setattr(dataset, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *given: True)
+
+
+def write_cifar(name, each=4):
+    """data/, with `each` images in every file; the pixels [each, 3072] of the last one."""
     ten = name == "cifar10"
     folder = Path("data", "cifar-10-batches-py" if ten else "cifar-100-python")
     folder.mkdir(parents=True)
     splits = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
+    labels = [[3, 1, 4, 1][i % 4] for i in range(each)]
     for split in splits:
-        pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
-        content = {"data": pixels, "labels" if ten else "fine_labels": [3, 1, 4, 1]}
+        pixels = np.random.default_rng(0).integers(0, 256, (each, 3072), dtype=np.uint8)
+        content = {"data": pixels, "labels" if ten else "fine_labels": labels}
         (folder / split).write_bytes(pickle.dumps(content))
     classes = {"label_names" if ten else "fine_label_names": [str(i) for i in range(100)]}
     (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(classes))
+    return pixels
 
+
+def write_stl10(each=3):
+    """data/, with `each` images in every file; the pixels [each, 3, 96, 96]."""
+    folder = Path("data/stl10_binary")
+    folder.mkdir(parents=True)
+    labels = np.array([[1, 2, 10][i % 3] for i in range(each)], dtype=np.uint8)
+    for split in ("unlabeled", "test", "train"):
+        pixels = np.random.default_rng(0).integers(0, 256, (each, 3, 96, 96), dtype=np.uint8)
+        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")  # stored by columns
+        labels.tofile(folder / f"{split}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(map(str, range(10))))
+    return pixels
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(name, unchecked):
+    pixels = write_cifar(name)
     test = msf.ImageData(msf.RECIPES[name], False, CPU)
     assert torch.equal(test.images, torch.from_numpy(pixels).view(4, 3, 32, 32))
     assert test.labels.tolist() == [3, 1, 4, 1]
     train = msf.ImageData(msf.RECIPES[name], True, CPU)
-    assert len(train.labels) == (20 if ten else 4)
+    assert len(train.labels) == (20 if name == "cifar10" else 4)
 
 
-def test_stl10_trains_on_unlabelled_images_too(monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
-    folder = Path("data/stl10_binary")
-    folder.mkdir(parents=True)
-    for split in ("unlabeled", "test", "train"):
-        pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)
-        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")  # stored by columns
-        np.array([1, 2, 10], dtype=np.uint8).tofile(folder / f"{split}_y.bin")
-    (folder / "class_names.txt").write_text("\n".join(map(str, range(10))))
+def test_stl10_trains_on_unlabelled_images_too(unchecked):
+    pixels = write_stl10()
     train = msf.ImageData(msf.RECIPES["stl10"], True, CPU)
     assert train.labels.tolist() == [0, 1, 9, -1, -1, -1]
     assert torch.equal(train.images[:3], torch.from_numpy(pixels))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "tinyimagenet"])
+def test_the_recipes_of_mnn_for_small_images_start(name, unchecked):
+    """Two steps each; the recipes but for the batch and the bank."""
+    data_dir = "tiny" if name == "tinyimagenet" else "data"
+    if name == "tinyimagenet":
+        write_tiny_imagenet("tiny", each=16)
+    elif name == "stl10":
+        write_stl10(each=16)
+    else:
+        write_cifar(name, each=8 if name == "cifar10" else 32)
+    changes = {"data_dir": data_dir, "batch_size": 16, "bank_size": 32, "epochs": 1}
+    recipe = mnn.RECIPES[name]
+    assert (recipe.bn_splits, recipe.weak_flip, recipe.hidden, recipe.topk) == (8, 0.9, 2048, 5)
+    result = mnn.main(replace(recipe, num_workers=0, warmup_epochs=0.0, run_name="a", **changes))
+    assert 0 < result["loss"] < 8 and 0 <= result["knn"] <= 100
+    assert torch.load("runs/a/last.pt", weights_only=True)["step"] == 2
 
 
 def test_digits_of_other_writers_are_the_test_set():
