@@ -548,7 +548,7 @@ def listed_images(path, data):
             faults.append(f"{name} ({len(found)} match; there are: {places or 'none'})")
     if faults:
         shown = ", ".join(faults[:3])
-        raise SystemExit(f"{path}: {len(faults)} lines do not name one labelled image: {shown}")
+        raise SystemExit(f"{path}: {len(faults)} line(s) do not name one labelled image: {shown}")
     return chosen
 
 
@@ -952,7 +952,8 @@ def main(args):
     accuracies = measure(args.epochs)
     if rank == 0:
         writer.close()
-        print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
+        if accuracies["knn"] is not None:
+            print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
     if world_size > 1:
         dist.destroy_process_group()
     return {"loss": loss.item(), **accuracies, "checkpoint": str(folder / "last.pt")}

@@ -901,7 +901,8 @@ def main(args):
     knn = measure_knn(args.epochs)
     if rank == 0:
         writer.close()
-        print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
+        if knn is not None:
+            print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
     if world_size > 1:
         dist.destroy_process_group()
     return {"loss": loss.item(), "knn": knn, "checkpoint": str(folder / "last.pt")}

@@ -108,18 +108,18 @@ def test_names_may_repeat_at_any_depth():
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("1.jpg", r"1 lines .*: 1.jpg \(2 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)"),
-        ("images/2.jpg", r"1 lines .*: images/2.jpg \(2 match; there are: .*/cat/.*, .*/dog/.*\)"),
+        ("1.jpg", r"1 line.s. .*: 1.jpg \(2 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)"),
+        ("images/2.jpg", r"1 line.s. .*: images/2.jpg \(2 match; there are: .*/cat/.*, .*/dog/.*\)"),
         (
             "x.jpg\na.jpg\ny.jpg",
-            r"2 lines .*: x.jpg \(0 match; there are: none\), y.jpg \(0 match; .*\)",
+            r"2 line.s. .*: x.jpg \(0 match; there are: none\), y.jpg \(0 match; .*\)",
         ),
         (
             "t/1.jpg",
-            r"1 lines .*: t/1.jpg \(0 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)",
+            r"1 line.s. .*: t/1.jpg \(0 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)",
         ),  # whole names only
-        ("u.jpg", r"1 lines .*: u.jpg \(0 match; there are: none\)"),  # an image without a label
-        ("../cat/1.jpg", r"1 lines .*: ../cat/1.jpg \(0 match; .*\)"),
+        ("u.jpg", r"1 line.s. .*: u.jpg \(0 match; there are: none\)"),  # an image without a label
+        ("../cat/1.jpg", r"1 line.s. .*: ../cat/1.jpg \(0 match; .*\)"),
         ("", "gives no training image a label"),
         ("\ufeff\r\n\r\n", "gives no training image a label"),
     ],

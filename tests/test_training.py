@@ -255,6 +255,14 @@ def start(script, args, processes=1):
     )
 
 
+def kill_all(process):
+    """Kill a process and, before it, what it has started: torchrun's processes outlive it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in map(int, children):
+        os.kill(pid, signal.SIGKILL)
+    process.kill()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", METHODS)
@@ -270,7 +278,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(script, pr
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill_all(process)
         process.communicate()
         assert 1 <= checkpoint()["epoch"] < 12
     for given in (args, replace(args, run_name="whole")):
