@@ -109,7 +109,10 @@ def test_names_may_repeat_at_any_depth():
     "content, message",
     [
         ("1.jpg", r"1 line.s. .*: 1.jpg \(2 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)"),
-        ("images/2.jpg", r"1 line.s. .*: images/2.jpg \(2 match; there are: .*/cat/.*, .*/dog/.*\)"),
+        (
+            "images/2.jpg",
+            r"1 line.s. .*: images/2.jpg \(2 match; there are: .*/cat/.*, .*/dog/.*\)",
+        ),
         (
             "x.jpg\na.jpg\ny.jpg",
             r"2 line.s. .*: x.jpg \(0 match; there are: none\), y.jpg \(0 match; .*\)",
