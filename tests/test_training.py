@@ -561,16 +561,27 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("script", METHODS)
-def test_two_processes_train_and_measure(script):
-    """As torchrun starts them; the test images do not divide by two."""
+def test_two_processes_train_and_measure_and_one_goes_on(script):
+    """As torchrun starts them; the test images do not divide by two. The bank carries over."""
     labelled_pictures()
     Path("photos/val/cat/0.jpg").unlink()
-    output, _ = start(script, tiny(script, knn_every=1), processes=2).communicate()
-    assert (
-        "training on 2 x cpu, writing to runs/a" in output and output.count("k-NN accuracy") == 3
-    ), output
+    args = tiny(script, knn_every=1, bank_size=32)
+    output, _ = start(script, args, processes=2).communicate()
+    assert "training on 2 x cpu, writing to runs/a" in output, output
+    assert output.count("k-NN accuracy") == 3
     assert output.count("To evaluate this run:") == 1
-    assert checkpoint()["pushed"] == 32
+    two = checkpoint()
+    assert two["pushed"] == 32
+
+    script.main(replace(args, epochs=3))
+    one = checkpoint()
+    assert one["pushed"] == 48
+    rows = one["model"]["bank.embeddings"]
+    assert torch.equal(rows[16:], two["model"]["bank.embeddings"][16:])  # the second epoch's
+    assert not torch.equal(rows[:16], two["model"]["bank.embeddings"][:16])
+    if script is cmsf_ssl:  # u' of the third epoch is u of the second
+        indices = one["model"]["bank.indices"][:16]
+        assert torch.equal(one["model"]["bank.others"][:16], two["model"]["cache"][indices])
 
 
 # ---- on a GPU
