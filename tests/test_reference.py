@@ -49,7 +49,7 @@ def test_msf():
     assert purity.item() == pytest.approx(values["purity"].item())
 
 
-def test_msf_as_its_forward_pass_puts_it_together(monkeypatch):
+def test_msf_as_its_forward_pass_puts_it_together():
     """The same numbers come out of MSF.forward, but for its rounding to float32."""
     values = reference("msf/")
     model = msf.MSF(nn.Identity(), width=32, topk=5, bank_size=96, ema=0.99)
