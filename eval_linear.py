@@ -1,490 +1,934 @@
-"""Judge a checkpoint: k-NN and a linear probe on its backbone's frozen features, or fine-tuning.
-Features are the backbone's pooled output, in eval mode, under the view for testing.
-    k-NN        the k training images with the nearest features vote: k = 1; k = 20, or images a
-                class if these are fewer; k = 200 with votes weighted by exp(cosine / 0.1)
-    linear      one linear layer, trained on random resized crops by SGD with momentum 0.9
-                --protocol scaled, for digits and from 96 pixels on: features L2-normalised, then
-                each standardised; lr 0.01, weight decay 1e-4, 40 epochs, x0.1 at 15 and 30
-                --protocol raw, below 96 pixels: lr 30, Nesterov, 100 epochs, x0.1 at 60 and 80
-    fine-tuned  all weights of backbone, projector and a linear layer on it, trained by SGD: lr
-                0.001, momentum 0.9, weight decay 1e-4, 20 epochs, x0.1 at 15
-An accuracy is that of the last epoch. The images that --labels names vote and train: all, or few.
-    $ python eval_linear.py --checkpoint runs/NAME/last.pt
-    $ python eval_linear.py --checkpoint runs/NAME/last.pt --labels 10pct --fine-tune
-    $ torchrun --nproc_per_node=8 eval_linear.py --checkpoint resnet50.pth --dataset imagenet
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro", "tensorboard", "scikit-learn"]
+# ///
+"""Judge the backbone of a checkpoint: k-NN and a linear probe on frozen features, or fine-tuning.
+
+    features     the backbone's pooled output, in eval mode, of images as they are tested
+    k-NN         the k nearest training images (cosine) vote: k = 1, 20 and, weighted, 200
+    linear       a linear layer on frozen features of random crops, by one of two PROTOCOLS:
+                 raw for CIFAR, STL-10 and Tiny ImageNet, scaled for all others
+    fine-tuned   backbone, projector and a linear layer, all trained
+
+An accuracy is that after the last epoch. The labelled images, or those that --labels names, vote
+and train. neighbors.png shows test images, each with its nearest training images.
+
+    python eval_linear.py --checkpoint runs/NAME/last.pt
+    python eval_linear.py --checkpoint runs/NAME/last.pt --labels 10pct --fine-tune
+    python eval_linear.py --checkpoint runs/NAME/last.pt --baseline random    # or raw: pixels
+    torchrun --nproc_per_node=8 eval_linear.py --checkpoint resnet50.pth --dataset imagenet
 """
-import dataclasses, functools, hashlib, json, math, os, pickle, re, types, typing
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickle
+import re
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-import torch, torch.distributed as dist, torch.nn.functional as F, tyro
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision import datasets, transforms
+from torchvision.models import resnet
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid, save_image
 
-@dataclasses.dataclass
+
+@dataclass
 class Args:
-    """Judge a checkpoint or a baseline. None stands for the value in the checkpoint or recipe."""
-    checkpoint: str | None = None  # A last.pt of these scripts, or a file with a ResNet's weights.
-    baseline: typing.Literal["raw", "random"] | None = None  # Pixels, or an untrained network.
-    prefix: str | None = None  # What the backbone's names begin with, if a file has several.
-    # One of digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder.
+    """Judge a checkpoint or a baseline. None: as in the checkpoint or, if it does not say, as in
+    the recipe for the data set."""
+
+    checkpoint: str | None = None  # last.pt of a training script, or a file with a ResNet's weights
+    # judge raw pixels or an untrained network, with data and network as in --checkpoint, if given
+    baseline: Literal["raw", "random"] | None = None
+    prefix: str | None = None  # what the names of the backbone's tensors begin with
+
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder
     dataset: str | None = None
-    data_dir: str | None = None  # Where the data set lies, or is downloaded to (CIFAR and STL-10).
-    num_workers: int = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # Readers of images.
-    image_size: int | None = None  # Side of the input in pixels; below 96, files are shrunk to it.
-    arch: typing.Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # Backbone.
-    stem: typing.Literal["imagenet", "small", "small-pool", "small-stride"] | None = None  # Input.
-    labels: str | None = None  # Images that vote and train: 1pct to 100pct, or a list of files.
-    label_seed: int = 0  # Another seed, another share; the same one as in cmsf_semi.py.
-    fine_tune: bool = False  # Train all weights, instead of judging frozen features.
-    protocol: typing.Literal["scaled", "raw"] | None = None  # Probe's; see the script's head.
-    epochs: int | None = None  # Passes over the images; None: the protocol's; 0: no probe.
-    lr: float | None = None  # First learning rate; None: the protocol's.
-    batch_size: int = 256  # Images a step of training, over all processes.
-    cache_features: bool = False  # Keep features in features.pt; the probe then sees no crops.
-    projector: bool = False  # Write test features and thumbnails for TensorBoard's projector.
-    seed: int = 0  # Seed of new weights, of the order of the images and of their views.
+    data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
+    num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
+    labels: str | None = None  # images that vote and train: 1pct to 100pct, or a list of files
+    label_seed: int = 0  # which images have the labels; the same as in cmsf_semi.py
 
-AT_224 = dict(arch="resnet50", stem="imagenet", image_size=224, crop_scale=(0.2, 1), flip=0.5,
-              rotation=0, data_dir="data")  # as in training
-AT_32 = AT_224 | dict(arch="resnet18", stem="small", image_size=32)
-AT_64 = AT_32 | dict(stem="small-pool", image_size=64)
-AT_16 = AT_32 | dict(arch="resnet10", stem="small-stride", image_size=16, crop_scale=(0.6, 1),
-                     flip=0, rotation=10)
-RECIPES = dict(digits=AT_16, cifar10=AT_32, cifar100=AT_32, stl10=AT_64, tinyimagenet=AT_64,
-               imagenet=AT_224, folder=AT_224) | {"small-folder": AT_64}
+    # network and views
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # backbone
+    # imagenet: 7x7/2, max-pool; small: 3x3; small-pool: 3x3, max-pool; small-stride: 3x3/2
+    stem: Literal["imagenet", "small", "small-pool", "small-stride"] | None = None
+    image_size: int | None = None  # side of an image in pixels; below 96, files are kept in memory
+    crop_scale: tuple[float, float] | None = (
+        None  # least and largest share of the area, in training
+    )
+    flip: float | None = None  # probability of a horizontal flip, in training
+    rotation: float | None = None  # largest rotation in training, in degrees
 
-def check(condition, message):
-    """Stop with one line on the terminal unless the condition holds."""
-    if not condition: raise SystemExit(f"error: {message}")
+    # training: a linear layer on frozen features or, with --fine-tune, all weights
+    protocol: Literal["raw", "scaled"] | None = None  # of the linear layer: see PROTOCOLS
+    fine_tune: bool = False  # train all weights
+    epochs: int | None = None  # passes over the training images; 0: no linear layer
+    lr: float | None = None  # learning rate of SGD, at first
+    batch_size: int = 256  # images per step, over all processes
+    amp: bool = True  # on GPUs, run the backbone in bfloat16
+    seed: int = 0  # of new weights, the order of the images and their views
 
-def complete(args):
-    """(args completed from checkpoint or recipe, weights, steps trained); SystemExit if wrong."""
-    check((args.checkpoint is None) != (args.baseline is None), "give --checkpoint or --baseline")
-    weights, run, step = read_weights(args.checkpoint) if args.checkpoint else ({}, {}, 0)
-    name, known = args.dataset or run.get("dataset", args.baseline and "digits"), ", ".join(RECIPES)
-    check(name is not None, f"{args.checkpoint} does not name its data: give --dataset, of {known}")
-    check(str(name) in RECIPES, f"unknown --dataset {name}: one of {known}")
-    stored = RECIPES[name] if run.get("dataset") == name else ("arch", "stem")  # else its net
-    stored = {key: run[key] for key in stored if key in run}
-    for key, value in stored.items():
-        usual = RECIPES[name][key]  # of the same type, and, if there are choices, one of them
-        fits = isinstance(value, (int, float) if isinstance(usual, int | float) else type(usual))
-        fits &= key not in ("arch", "stem") or repr(value) in str(Args.__annotations__[key])
-        check(fits, f"{args.checkpoint} holds {key} = {value!r:.50}: is it damaged?")
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    args = types.SimpleNamespace(**vars(args) | RECIPES[name] | stored | given | dict(dataset=name))
-    raw = name != "digits" and args.image_size < 96  # digits are too few for lr 30
-    args.protocol = args.protocol or ("raw" if raw else "scaled")
-    args.rank, args.world = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1)))
-    usual = 20 if args.fine_tune else 100 if args.protocol == "raw" else 40
-    args.epochs = usual if args.epochs is None else args.epochs
-    for name, x in vars(args).items():
-        most = dict(image_size=1024, num_workers=512, lr=1e38).get(name, 2**31)
-        fits = not isinstance(x, (int, float)) or 0 <= x <= most  # false for NaN
-        check(fits, f"--{name.replace('_', '-')} {x}: need 0 to {most}")
-    check(args.epochs >= args.fine_tune, "--epochs: need 0 or more, 1 to fine-tune")
-    check(args.batch_size and args.image_size, "need --batch-size and --image-size of 1 or more")
-    check(args.lr is None or args.lr > 0, f"--lr {args.lr}: must be above 0")
-    check(not args.fine_tune or args.baseline != "raw", "pixels have no weights to --fine-tune")
-    return args, weights, step
-# ---- the checkpoint -----------------------------------------------------------------------------
-def read_weights(path):
-    """Tensors by name of a checkpoint, a state_dict, or a file with one under "state_dict" or
-    "model"; arguments and step of the run (none and 0 if it is not ours). Raises SystemExit."""
-    try: file = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search("(?i)unsupported .{,50}|$", str(error))[0] or "not a pickle"
-        check(False, f"{path} is refused: it is damaged, or needs more than tensors and numbers, "
-              f"which could run code ({reason}). If you trust it, save its state_dict alone")
-    except Exception as error: check(False, f"{path} is no checkpoint: {error!r:.200}")
-    file = file if isinstance(file, dict) else {}
-    weights = next((file[key] for key in ("state_dict", "model") if key in file), file)
-    weights = {str(n): w for n, w in getattr(weights, "items", dict)() if torch.is_tensor(w)}
-    plain = {re.sub(r"\b(module|_orig_mod)\.", "", n): w for n, w in weights.items()}  # DDP's, say
-    check(weights and len(plain) == len(weights), f"{path} holds no weights, or some names twice")
-    ours = isinstance(file.get("args"), dict) and isinstance(file.get("step"), int)
-    return plain, *((file["args"], file["step"]) if ours else ({}, 0))
 
-def load_backbone(net, weights, prefix, path):
-    """Fill the ResNet net with the weights whose names begin with prefix (None: the only ones, or
-    the online encoder's). Returns how many, and what the projector's names begin with. Raises
-    SystemExit, naming tensors, if any is missing, has another shape, or is too many."""
-    first = [n for n, w in weights.items() if n.endswith("0.weight") and w.shape[1:2] == (3,)]
-    for start in [name[:-8] for name in first]:
-        numbers = {name[len(start) :].split(".")[0] for name in weights if name.startswith(start)}
-        numbers = sorted(filter(str.isdecimal, numbers), key=int)  # of children that have weights
-        for number, child in zip(numbers, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")):
-            for name in [name for name in weights if name.startswith(f"{start}{number}.")]:
-                new = start + child + name.removeprefix(start + number)
-                weights = weights | {new: weights[name]}  # as MNN's authors number them
-    last = "layer4.0.conv1.weight"
-    found = sorted(name.removesuffix(last) for name in weights if name.endswith(last))
-    usual = [x for x in ("", "online.0.", "encoder_q.", "net.net.") if x in found] or found
-    check(found, f"{path}: no ResNet among its {len(weights)} tensors")
-    check(prefix in found or prefix is None and len(usual) == 1,
-          f"{path} holds the networks {found}: choose --prefix among these")
-    prefix = usual[0] if prefix is None else prefix
-    inside = re.compile(re.escape(prefix) + r"((conv1|bn1|layer\d+)\.(?!.*num_batches).*)")
-    state = {match[1]: weights[match[0]] for match in map(inside.fullmatch, weights) if match}
-    own = {name: w for name, w in net.state_dict().items() if "num_batches" not in name}
-    kinds = {name: (w.shape, w.is_floating_point()) for name, w in state.items()}
-    wrong = [name for name, w in own.items() if kinds.get(name) != (w.shape, w.is_floating_point())]
-    extra = [name for name in state if name not in own]
-    check(not wrong + extra, f"{path} has {len(own) - len(wrong)} of this network's {len(own)} "
-          f"tensors, not {wrong[:3]}; {len(extra)} others {extra[:3]}: another --arch or --stem?")
-    net.load_state_dict(state, strict=False)  # but for the counters of BatchNorm, of no use here
-    return len(own), prefix + "fc." if prefix[-2:] != "0." else prefix[:-2] + "1."
+# fmt: off
+AT_224 = Args(
+    data_dir="data", image_size=224, arch="resnet50", stem="imagenet", protocol="scaled",
+    crop_scale=(0.08, 1.0), flip=0.5, rotation=0.0)
+AT_32 = replace(AT_224, image_size=32, arch="resnet18", stem="small", protocol="raw")
+AT_64 = replace(AT_32, image_size=64, stem="small-pool")
+RECIPES = {
+    "digits": replace(
+        AT_224, image_size=16, arch="resnet10", stem="small-stride", crop_scale=(0.6, 1.0),
+        flip=0.0, rotation=10.0),
+    "cifar10": AT_32,
+    "cifar100": AT_32,
+    "stl10": replace(AT_64, image_size=96),  # trained on crops of 64 pixels, judged at its 96
+    "tinyimagenet": AT_64,
+    "imagenet": AT_224,
+    "folder": AT_224,
+    "small-folder": replace(AT_64, protocol="scaled"),
+}
+# fmt: on
 
-def read_projector(weights, prefix):
-    """List of Linear, BatchNorm and ReLU, as weights number them after prefix; may be empty."""
-    layers, pattern = [], re.compile(re.escape(prefix) + r"(\d+)\.weight")
-    for number in sorted(int(match[1]) for match in map(pattern.fullmatch, weights) if match):
-        start = f"{prefix}{number}."
-        state = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
-        shape = state["weight"].shape
-        layer = nn.Linear(*shape[::-1], "bias" in state) if shape[1:] else nn.BatchNorm1d(*shape)
-        layer.load_state_dict(state)
-        layers += [nn.ReLU(), layer] if layers and len(shape) == 2 else [layer]
-    return layers
-# ---- data ---------------------------------------------------------------------------------------
-class ImageData(torch.utils.data.Dataset):
-    """A split on the device: labels int64 [N], -1 = unknown, and images uint8 [N, 3, H, W], or None
-    where workers decode files as needed. Raises SystemExit where the data set is missing."""
-    def __init__(self, args, train, device):
-        from torchvision import datasets, transforms as T
-        name, root, size = args.dataset, Path(args.data_dir), args.image_size
-        self.device, self.workers, images = device, args.num_workers, None
-        how = "folders: train/CLASS/*.jpg, val/CLASS/*.jpg; see image-net.org, cs231n.stanford.edu"
-        try:
-            if name == "digits":
-                from sklearn.datasets import load_digits
-                source, rows = load_digits(), slice(-360) if train else slice(-360, None)
-                labels, images = source.target[rows], torch.tensor(source.images[rows] / 16)
-                images = F.interpolate(images[:, None], scale_factor=2, mode="bilinear") * 255
-                images = images.round().byte().expand(-1, 3, -1, -1)
-            elif name in ("cifar10", "cifar100", "stl10"):
-                split = train if name != "stl10" else "train+unlabeled" if train else "test"
-                source = getattr(datasets, name.upper())(root, split, download=True)
-                images = torch.from_numpy(source.data).movedim(1 if name == "stl10" else 3, 1)
-                labels = source.labels if name == "stl10" else source.targets
-            else:
-                source = datasets.ImageFolder(root / ("train" if train else "val"))
-                (self.files, labels), self.read = zip(*source.samples), source.loader  # as RGB
-            if name == "tinyimagenet" and not train:  # one folder of images, and a list of classes
-                class_of = dict(x.split("\t")[:2] for x in open(root / "val/val_annotations.txt"))
-                source.classes = sorted(set(class_of.values()))
-                labels = [source.classes.index(class_of[Path(file).name]) for file in self.files]
-        except Exception as error: check(False, f"no {name} in {root.absolute()} ({how}): {error}")
-        self.classes = list(getattr(source, "classes", range(10)))
-        self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        self.images = None if images is None else images.to(device).contiguous()
-        resize = T.Resize(size * 8 // 7 if size >= 96 else size)  # 256 for 224
-        self.center = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
-        self.crop = T.Compose([T.RandomResizedCrop(size, args.crop_scale), T.PILToTensor()])
-        if images is None and size < 96:
-            every = torch.arange(len(labels)).split(256)
-            self.images = torch.cat([images for _, (images,), _ in self.batches(every)])
-    def __getitem__(self, item):
-        """(index, number of views, seed) -> (index, uint8 [views, 3, size, size])."""
-        index, views, seed = item
-        try: image = self.read(self.files[index])
-        except Exception as error: raise OSError(f"cannot read {self.files[index]}: {error}")
-        torch.manual_seed(seed)
-        return index, torch.stack([self.crop(image) for _ in range(views)] or [self.center(image)])
-    def batches(self, index_batches, views=0, seed=0, step=0, stride=1):
-        """Yield indices [b], views (each uint8 [b, 3, H, W]) and labels [b]. Files give crops drawn
-        by seed and number (step, step + stride, ...), or with views = 0 the one for testing."""
-        if self.images is not None:
-            for indices in (x.to(self.device, non_blocking=True) for x in index_batches):
-                yield indices, [self.images[indices]] * max(1, views), self.labels[indices]
-            return
-        items = ([(i, views, hash((seed, step + n * stride, i))) for i in batch.tolist()]
-                 for n, batch in enumerate(index_batches))
-        fork = "fork" if self.workers else None  # what is on a GPU cannot be pickled
-        options = dict(num_workers=self.workers, multiprocessing_context=fork)
-        options |= dict(pin_memory=self.labels.is_cuda, worker_init_fn=lambda _: os.setsid())
-        try:
-            for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **options):
-                indices, images = (x.to(self.device, non_blocking=True) for x in batch)
-                yield indices, images.unbind(1), self.labels[indices]
-        except OSError as error: check(False, str(error).strip().splitlines()[-1])
 
-def given_labels(spec, seed, train):
-    """Labels int64 [N] of the training images that --labels picks, -1 for all others."""
-    share, truth, files = spec.removesuffix("pct"), train.labels.cpu(), getattr(train, "files", ())
-    if spec not in {f"{number}pct" for number in range(1, 101)}:
-        try: names = [x for x in map(str.strip, Path(spec).open(errors="replace")) if x] or [""]
-        except Exception as error: check(False, f"--labels: 1pct to 100pct, or a file: {error}")
-        depth = 1 + min(name.count("/") for name in names)  # NAME, or CLASS/NAME
-        rows = {"/".join(file.split(os.sep)[-depth:]): i for i, file in enumerate(files)}
-        check(len(rows) == len(files), f"{spec}: some images share a name; list them as CLASS/NAME")
-        lost = [name for name in names if name not in rows]
-        check(not lost, f"{spec}: {len(lost)} names are not in the data: {lost[:3]!s:.200}")
-        chosen = torch.tensor([rows[name] for name in names])
-    else:
-        order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))
-        _, *rows = order[truth[order].argsort(stable=True)].split((truth + 1).bincount().tolist())
-        chosen = torch.cat([x[: max(1, round(len(x) * int(share) / 100))] for x in rows])
-    return torch.full_like(truth, -1).scatter(0, chosen, truth[chosen]).to(train.device)
-# ---- views: batched, random for every image, on the device of the images ------------------------
-def random_boxes(n, height, width, scale, device):
-    """Boxes (top, left, height, width), [n] each, as torchvision's RandomResizedCrop draws them."""
-    area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
-    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w * h > 0) & (w <= width) & (h <= height)
-    first, found = fits.int().argmax(1, keepdim=True), fits.any(1)  # of ten tries, else all of it
-    w, h = (x.gather(1, first)[:, 0].where(found, side) for x, side in ((w, width), (h, height)))
-    top, left = torch.rand(2, n, device=device)
-    return (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor(), h, w
+@dataclass
+class Protocol:
+    """SGD with momentum 0.9; lr is divided by 10 after the epochs in milestones."""
 
-def warp(images, boxes, size, flip, degrees):
-    """Cut boxes (top, left, height, width), [n] each, out of uint8 [n, 3, H, W], resize, mirror
-    where flip [n], turn counter-clockwise by degrees [n], bilinear: float [n, 3, size, size]."""
-    top, left, height, width, flip, angle = (x.view(-1, 1, 1) for x in (*boxes, flip, degrees))
-    steps = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # -1..1 across the view
-    cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
-    x, y = cos * steps - sin * steps[:, None], sin * steps + cos * steps[:, None]  # [n, size, size]
-    x, y = torch.where(flip, 1 - x, 1 + x) / 2 * width, (1 + y) / 2 * height  # in pixels of the box
-    x = (left + x.clamp(min=0.5).minimum(width - 0.5)) * 2 / images.shape[3] - 1  # -1..1 again
-    y = (top + y.clamp(min=0.5).minimum(height - 0.5)) * 2 / images.shape[2] - 1
-    return F.grid_sample(images.float() / 255, torch.stack([x, y], dim=3), align_corners=False)
+    lr: float
+    weight_decay: float
+    nesterov: bool
+    epochs: int
+    milestones: tuple[int, ...]
 
-def adjust(images, operation, amount):
-    """Scale brightness, contrast or saturation (operation 0, 1, 2) of [n, 3, H, W], 0..1, by amount
-    [n, 1, 1, 1], or turn the hue (3) by that share of a circle."""
-    r, g, b = images.split(1, dim=1)
-    if operation < 3:
-        gray = 0.2989 * r + 0.587 * g + 0.114 * b
-        other = (0, gray.mean((1, 2, 3), keepdim=True), gray)[operation]
-        return (amount * images + (1 - amount) * other).clamp(0, 1)
-    value = images.amax(1, keepdim=True)
-    chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)  # gray: 0 / 1e-12
-    hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
-    hue = torch.where(value == r, (g - b) / chroma, hue) + 6 * amount  # in sixths of a circle
-    turn = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
-    return value - chroma * torch.minimum(turn, 4 - turn).clamp(0, 1)
 
-def augment(images, size, scale=None, flip=0, rotation=0, jitter=(0, 0, 0, 0), gray=0, blur=0):
-    """A random view of every image: uint8 [B, 3, H, W] -> normalised float [B, 3, size, size]. What
-    the others mean, Args tells; scale is its crop_scale. The defaults give the view for testing."""
-    (n, _, height, width), device = images.shape, images.device
-    random = functools.partial(torch.rand, n, 1, 1, 1, device=device)
-    boxes = [torch.full((n,), side, device=device) for side in (0, 0, height, width)]
-    boxes = random_boxes(n, height, width, scale, device) if scale else boxes
-    images = warp(images, boxes, size, random() < flip, rotation * (2 * random() - 1))
-    if any(jitter):
-        chosen = random() < 0.8
-        amounts = [(i < 3) + chosen * x * (2 * random() - 1) for i, x in enumerate(jitter)]
-        for i in torch.randperm(4).tolist():  # one order for the batch, as in torchvision
-            images = adjust(images, i, amounts[i]) if jitter[i] else images
-    if gray: images = torch.where(random() < gray, adjust(images, 2, 0), images)
-    if blur:
-        sigma = (0.1 + 1.9 * random()).where(random() < blur, 1e-3)  # 1e-3 pixels: unchanged
-        pixels = torch.arange(size, device=device)
-        weights = torch.softmax(-(((pixels[:, None] - pixels) / sigma) ** 2) / 2, dim=3)  # Gaussian
-        images = weights @ images @ weights.mT  # at an edge, of the pixels inside
-    rgb = zip(images.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
-    return torch.stack([(x - mean) / std for x, mean, std in rgb], dim=3).movedim(3, 1)
-# ---- features -----------------------------------------------------------------------------------
-def encoder(arch, stem):
-    """A torchvision ResNet that returns its pooled features [B, F], and F."""
-    from torchvision.models import resnet as nets
-    net = nets.ResNet(nets.BasicBlock, [1] * 4) if arch == "resnet10" else getattr(nets, arch)()
-    if stem != "imagenet":
-        net.conv1 = nn.Conv2d(3, 64, 3, 2 if stem == "small-stride" else 1, 1, bias=False)
-        net.maxpool = net.maxpool if stem == "small-pool" else nn.Identity()
-    width, net.fc = net.fc.in_features, nn.Identity()
-    return net, width
+PROTOCOLS = {  # as published: scaled for ImageNet, raw for small images
+    "scaled": Protocol(0.01, 1e-4, nesterov=False, epochs=40, milestones=(15, 30)),
+    "raw": Protocol(30.0, 0.0, nesterov=True, epochs=100, milestones=(60, 80)),
+    "fine-tuned": Protocol(0.001, 1e-4, nesterov=False, epochs=20, milestones=(15,)),
+}
+
+
+def complete_args(args, run):
+    """Fill in what is None: from the arguments of the run that made the checkpoint, {} if they are
+    not known, and then from the recipe. Raises SystemExit, with what to change."""
+    dataset = args.dataset or run.get("dataset")
+    if dataset is None and args.checkpoint is None:
+        dataset = "digits"
+    if dataset not in RECIPES:
+        fault = f"unknown --dataset {dataset}" if dataset else f"{args.checkpoint}: give --dataset"
+        raise SystemExit(f"{fault}, one of {', '.join(RECIPES)}")
+    from_run = ["arch", "stem"]
+    if run.get("dataset") == dataset:
+        from_run += ["data_dir", "flip", "rotation"]
+        if dataset != "stl10":
+            from_run.append("image_size")
+
+    values = {"dataset": dataset}
+    for name, value in vars(args).items():
+        if value is None and name in from_run:
+            value = run.get(name)
+        if value is None:
+            value = getattr(RECIPES[dataset], name)
+        values.setdefault(name, value)
+    if args.baseline == "raw" and args.protocol is None:
+        values["protocol"] = "scaled"  # pixels are no features to train on with a rate of 30
+    protocol = PROTOCOLS["fine-tuned" if args.fine_tune else values["protocol"]]
+    for name in ("epochs", "lr"):
+        if values[name] is None:
+            values[name] = getattr(protocol, name)
+    args = Args(**values)
+
+    if args.fine_tune and args.baseline == "raw":
+        raise SystemExit("--baseline raw: pixels have no weights to --fine-tune")
+    if args.epochs < (1 if args.fine_tune else 0):
+        raise SystemExit("--epochs must be at least 1 to fine-tune, and 0 for k-NN alone")
+    for name in ("batch_size", "image_size", "lr"):
+        if not getattr(args, name) > 0:
+            raise SystemExit(f"--{name.replace('_', '-')} must be above 0")
+    return args
+
+
+# ======== judges: k-NN, linear probe, fine-tuning ========
+
+
+class Encoder(nn.Module):
+    """Images [b, 3, S, S] in 0..1 -> the features [b, width] that a backbone gives."""
+
+    def __init__(self, backbone, amp):
+        super().__init__()
+        self.backbone = backbone
+        self.amp = amp  # on GPUs, in bfloat16
+
+    def forward(self, images):
+        enabled = self.amp and images.is_cuda
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=enabled):
+            features = self.backbone(standardize(images))
+        return features.float()
+
 
 class Pixels(nn.Module):
-    """The baseline "raw": pixels in 0..1, averaged to at most 32 x 32, [B, 3, S, S] -> [B, F]."""
+    """The baseline "raw": images [b, 3, S, S] averaged to at most 32 x 32 pixels, [b, width]."""
+
     def forward(self, images):
-        mu, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        return F.adaptive_avg_pool2d(images * std + mu, min(32, images.shape[-1])).flatten(1)
+        return F.adaptive_avg_pool2d(images, min(32, images.shape[3])).flatten(1)
+
+
+@torch.no_grad()
+def outputs(network, data, indices, rank, world_size):
+    """What a network in eval mode gives, [n, ...], for the images with these indices [n] as they
+    are tested. The processes share the work, and all get all of it."""
+    network.eval()
+    n = len(indices)
+    size = min(256, math.ceil(n / world_size))  # of a batch of a process
+    rounds = math.ceil(n / (size * world_size))
+    wrapped = indices[torch.arange(rounds * world_size * size) % n]
+    own = wrapped.view(rounds, world_size, size)[:, rank]
+    result = None
+    start = 0
+    for (images,) in data.batches(own, crops=0):
+        if images.shape[3] != data.args.image_size:
+            side = [data.args.image_size] * 2
+            images = F.interpolate(images, side, mode="bilinear", antialias=True)
+        part = gather(network(images))[: n - start]  # less what was wrapped
+        if result is None:
+            result = torch.empty(
+                n, *part.shape[1:], device=part.device
+            )  # so that none is held twice
+        result[start : start + len(part)] = part
+        start += len(part)
+    return result
+
+
+def nearest_neighbors(targets, bank, k):
+    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
+    unit norm, so the nearest has the largest dot product. Raises ValueError for k > M."""
+    if k > len(bank):
+        raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
+    return (targets @ bank.T).topk(k, dim=1).indices
+
+
+def knn_predict(queries, bank, labels, k, temperature=None):
+    """Classes [b] for queries [b, D], which the k nearest rows of bank [N, D] vote for by their
+    labels [N]. All rows have unit norm. Each vote counts 1 or exp(cosine / temperature); of equal
+    counts, the lower class wins."""
+    num_classes = 1 + labels.max().item()
+    predictions = []
+    for part in queries.split(256):
+        nearest = nearest_neighbors(part, bank, k)
+        votes = part.new_ones(nearest.shape)
+        if temperature is not None:
+            cosines = torch.einsum("bd,bkd->bk", part, bank[nearest])
+            votes = (cosines / temperature).exp()
+        counts = part.new_zeros(len(part), num_classes)
+        counts.scatter_add_(1, labels[nearest], votes)
+        predictions.append(counts.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+class LinearProbe(nn.Module):
+    """A linear layer on the features of a frozen encoder, images [b, 3, S, S] -> scores [b, C].
+    With mean and std [width], features of unit norm are standardised by them first."""
+
+    def __init__(self, encoder, width, num_classes, mean=None, std=None):
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.head = nn.Linear(width, num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self.mean = mean
+        self.std = std
+
+    def forward(self, images):
+        features = self.encoder(images)
+        if self.mean is not None:
+            features = (F.normalize(features, dim=1) - self.mean) / self.std
+        return self.head(features)
+
+
+def fit(network, train, images, protocol, args, rank, world_size):
+    """Train those weights of a network that need a gradient, on the images with these indices [n].
+    BatchNorm works as network.training says. Raises SystemExit if the loss is not finite."""
+    parallel = network
+    if world_size > 1:
+        parallel = nn.parallel.DistributedDataParallel(network)
+    optimizer = torch.optim.SGD(
+        [p for p in network.parameters() if p.requires_grad],
+        args.lr,
+        momentum=0.9,
+        weight_decay=protocol.weight_decay,
+        nesterov=protocol.nesterov,
+    )
+    milestones = [round(epoch * args.epochs / protocol.epochs) for epoch in protocol.milestones]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    share = math.ceil(len(images) / world_size)
+    steps = math.ceil(share * world_size / args.batch_size)
+    for epoch in range(args.epochs):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_000 + epoch)
+        order = images[torch.randperm(len(images), generator=generator)]
+        own = order[torch.arange(rank, share * world_size, world_size) % len(images)]
+        own = own.tensor_split(steps)  # all about as long: BatchNorm needs two images
+        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
+        for indices, (crops,) in zip(own, train.batches(own, crops=1)):
+            scores = parallel(flip_and_rotate(crops, args))
+            loss = F.cross_entropy(scores, train.labels[indices])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        if not loss.isfinite():
+            raise SystemExit(f"the loss is not finite in epoch {epoch + 1}: lower --lr {args.lr:g}")
+        if rank == 0 and (epoch + 1) % 10 == 0:
+            print(f"epoch {epoch + 1}/{args.epochs}  loss {loss.item():.4f}", flush=True)
+    if world_size > 1:
+        for buffer in network.buffers():  # without SyncBatchNorm, each process has its own
+            dist.broadcast(buffer, 0)
+
+
+def accuracy(predictions, labels):
+    """Percent of the predictions [n] that are right."""
+    return 100 * (predictions == labels).double().mean().item()
+
+
+def judge_frozen(encoder, train, test, args, rank, world_size):
+    """Accuracies of k-NN and a linear layer on frozen features, and a picture of neighbours. Where
+    no image is labelled, there are only neighbours to see."""
+    tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
+    voters = (train.labels >= 0).nonzero().squeeze(1).cpu()
+    is_labelled = len(voters) > 0 and len(tested) > 0
+    shown = test  # whose images the picture shows, each with its neighbours
+    if not is_labelled:
+        voters = torch.arange(len(train.labels))
+        if len(test.labels) == 0:
+            shown = train
+        tested = torch.arange(len(shown.labels))
+
+    features = outputs(encoder, train, voters, rank, world_size)  # [N, width]
+    F.normalize(features, dim=1, out=features)  # in place: those of ImageNet take 10 GB
+    queries = F.normalize(outputs(encoder, shown, tested, rank, world_size), dim=1)
+    if not queries.isfinite().all():
+        raise SystemExit("the features are not finite")
+    dozen = torch.linspace(0, len(tested) - 1, min(12, len(tested))).long()
+    nearest = nearest_neighbors(queries[dozen], features, min(10, len(voters))).cpu()
+    picture = draw_neighbors(train, shown, tested[dozen], voters[nearest])
+    if not is_labelled:
+        return {}, picture
+
+    labels = train.labels[voters]
+    num_classes = 1 + max(train.labels.max().item(), test.labels.max().item())
+    class_size = math.ceil(len(voters) / num_classes)  # more votes would be of other classes
+    predictions = {
+        "1-NN": knn_predict(queries, features, labels, 1),
+        "20-NN": knn_predict(queries, features, labels, min(20, class_size)),
+        "200-NN": knn_predict(queries, features, labels, min(200, len(voters)), temperature=0.1),
+    }
+    if args.epochs > 0:
+        mean = None
+        std = None
+        if args.protocol == "scaled":
+            variance, mean = torch.var_mean(features, dim=0, correction=0)
+            std = (variance + 1e-5).sqrt()
+        width = features.shape[1]
+        del features
+        probe = LinearProbe(encoder, width, num_classes, mean, std).to(labels.device)
+        fit(probe, train, voters, PROTOCOLS[args.protocol], args, rank, world_size)
+        predictions["linear"] = outputs(probe, test, tested, rank, world_size).argmax(dim=1)
+    answers = test.labels[tested]
+    return {judge: accuracy(found, answers) for judge, found in predictions.items()}, picture
+
+
+def judge_fine_tuned(network, train, test, args, rank, world_size):
+    """Accuracy of a linear layer on encoder and projector, after training the weights of all."""
+    labelled = (train.labels >= 0).nonzero().squeeze(1).cpu()
+    tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
+    if len(labelled) == 0 or len(tested) == 0:
+        raise SystemExit("to fine-tune, need labelled images for training and for testing")
+    num_classes = 1 + max(train.labels.max().item(), test.labels.max().item())
+    width = outputs(network, train, labelled[:2], rank, world_size).shape[1]
+    network = nn.Sequential(network, nn.Linear(width, num_classes)).to(train.labels.device)
+    if world_size > 1 and train.labels.is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
+    network.train()
+    fit(network, train, labelled, PROTOCOLS["fine-tuned"], args, rank, world_size)
+    predictions = outputs(network, test, tested, rank, world_size).argmax(dim=1)
+    return {"fine-tuned": accuracy(predictions, test.labels[tested])}
+
+
+def draw_neighbors(train, test, rows, neighbors):
+    """A picture [3, H, W]: in each line a test image (indices rows [n]), then its neighbors [n, k]
+    in train, framed green if they have its class, red if not, and gray if one has no class."""
+    colors = torch.tensor([[0.0, 0.6, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
+    tiles = []
+    for row, nearest in zip(rows.cpu(), neighbors.cpu()):
+        (query,) = next(iter(test.batches([row[None]], crops=0)))
+        (images,) = next(iter(train.batches([nearest], crops=0)))
+        label = test.labels[row]
+        for i, image in enumerate([*query, *images]):
+            color = 2
+            if i > 0 and label >= 0 and train.labels[nearest[i - 1]] >= 0:
+                color = 0 if train.labels[nearest[i - 1]] == label else 1
+            framed = colors[color].view(3, 1, 1).expand(3, 72, 72).clone()
+            framed[:, 4:-4, 4:-4] = F.interpolate(image[None].cpu(), 64)[0]
+            if i == 0:
+                framed = F.pad(framed[:, 4:-4, 4:-4], (4, 4, 4, 4), value=1.0)  # white
+            tiles.append(framed)
+    return make_grid(torch.stack(tiles), nrow=1 + neighbors.shape[1], padding=2, pad_value=1.0)
+
+
+# ======== checkpoints ========
+# Files are read without running code from them, whatever their layout.
+
+
+OWN = "model.online.0."  # what the backbone's names begin with in a checkpoint of these scripts
+USUAL = ["", "encoder_q.", "backbone.", "teacher.backbone."]  # elsewhere, the best first
+
+
+def read_file(path):
+    """The content of a checkpoint. Raises SystemExit if it is damaged, or holds more than tensors,
+    numbers, texts, and an argparse.Namespace."""
+    scalar, (dtype, _) = np.float64(0).__reduce__()  # the type and the function of numpy's pickles
+    allowed = [argparse.Namespace, np.dtype, type(dtype)]
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {found[1]}, which could run code" if found else "it is damaged"
+        advice = "if you trust it, save its state_dict alone"
+        raise SystemExit(f"{path} is refused: {reason}; {advice}") from error
+    except (OSError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0] or "it is empty"
+        raise SystemExit(f"{path} cannot be read: {reason}") from error
+
+
+def named_tensors(content, prefix=""):
+    """The tensors of nested dicts by their names, which are joined by dots."""
+    if torch.is_tensor(content):
+        return {prefix.removesuffix("."): content}
+    tensors = {}
+    if isinstance(content, dict):
+        for name, value in content.items():
+            tensors |= named_tensors(value, f"{prefix}{name}.")
+    return tensors
+
+
+def drop_wrappers(tensors, path):
+    """Without what DataParallel ("module") and torch.compile ("_orig_mod") add to the names."""
+    plain = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in tensors.items()}
+    if len(plain) < len(tensors):
+        raise SystemExit(
+            f"{path} holds some tensors twice, with and without module. in their names"
+        )
+    return plain
+
+
+def name_numbered(tensors):
+    """Rename the children of ResNets that are numbered, as in MNN's files (net.net.0.weight), as
+    torchvision does (net.net.conv1.weight)."""
+    children = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    renamed = dict(tensors)
+    for first, tensor in tensors.items():
+        start = first.removesuffix("0.weight")
+        sees_images = tensor.ndim == 4 and tensor.shape[1] == 3
+        if not re.fullmatch(r"(.*\.)?0\.weight", first) or not sees_images:
+            continue
+        inside = [name for name in tensors if re.match(rf"{re.escape(start)}\d+\.", name)]
+        numbers = sorted({int(name[len(start) :].split(".")[0]) for name in inside})
+        child_of = dict(zip(numbers, children))  # ReLU and pooling have numbers, but no tensors
+        for name in inside:
+            number, rest = name[len(start) :].split(".", 1)
+            if int(number) in child_of:
+                renamed[f"{start}{child_of[int(number)]}.{rest}"] = renamed.pop(name)
+    return renamed
+
+
+def find_prefix(tensors, path):
+    """What the names of the one ResNet begin with, or of the best known one of several."""
+    mark = "layer4.0.conv1.weight"
+    found = sorted(name.removesuffix(mark) for name in tensors if name.endswith(mark))
+    for usual in [OWN, *USUAL]:
+        for prefix in found:
+            if re.sub(r"\b(state_dict|model)\.", "", prefix) == usual.removeprefix("model."):
+                return prefix
+    if len(found) != 1:
+        holds = f"several ResNets, {found}" if found else f"no ResNet among {len(tensors)} tensors"
+        raise SystemExit(f"{path} holds {holds}: choose one by --prefix")
+    return found[0]
+
+
+def load_backbone(backbone, tensors, prefix, path):
+    """Fill a backbone with the tensors whose names begin with prefix. Raises SystemExit, with their
+    names, if some are missing, of another shape, or too many."""
+    expected = backbone.state_dict()
+    given = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+    children = {name.split(".")[0] for name in expected}  # not a classifier or a projector
+    given = {name: x for name, x in given.items() if name.split(".")[0] in children}
+    counters = [name for name in expected if name.endswith("num_batches_tracked")]  # of no use
+    given = {name: expected[name] for name in counters} | given
+    wrong = [name for name in expected if name not in given]
+    wrong += [name for name in given if name not in expected]
+    wrong += [
+        name for name, x in expected.items() if name in given and given[name].shape != x.shape
+    ]
+    if wrong:
+        fault = f"{path}: {len(wrong)} of {len(expected)} tensors do not fit, as {wrong[:3]}"
+        raise SystemExit(f"{fault}; another --arch, --stem or --prefix?")
+    backbone.load_state_dict(given)
+
+
+def load_projector(tensors, prefix):
+    """The projector behind the backbone with this prefix: a list of Linear, BatchNorm1d and ReLU.
+    It is online.1 for online.0, and fc elsewhere. The list may be empty."""
+    start = prefix.removesuffix("0.") + "1." if prefix.endswith("0.") else prefix + "fc."
+    numbered = [re.match(rf"{re.escape(start)}(\d+)\.weight$", name) for name in tensors]
+    layers = []
+    for number in sorted(int(match[1]) for match in numbered if match):
+        layer_start = f"{start}{number}."
+        state = {
+            name[len(layer_start) :]: x
+            for name, x in tensors.items()
+            if name.startswith(layer_start)
+        }
+        shape = state["weight"].shape
+        if len(shape) == 2:
+            if layers:
+                layers.append(nn.ReLU())
+            layer = nn.Linear(shape[1], shape[0], bias="bias" in state)
+        else:
+            layer = nn.BatchNorm1d(shape[0])
+        layer.load_state_dict(state)
+        layers.append(layer)
+    return layers
+
+
+# ======== networks ========
+
+
+def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
+    """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
+    if arch == "resnet10":
+        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+    else:
+        net = getattr(resnet, arch)(norm_layer=norm_layer)
+    if stem != "imagenet":
+        stride = 2 if stem == "small-stride" else 1
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+    if stem in ("small", "small-stride"):
+        net.maxpool = nn.Identity()
+    width = net.fc.in_features
+    net.fc = nn.Identity()
+    return net, width
+
 
 def gather(tensor):
-    """[b, ...] of every process -> [B, ...] on all of them, in the order of their ranks."""
-    if not dist.is_initialized(): return tensor
-    parts = [tensor.new_empty(tensor.shape) for _ in range(dist.get_world_size())]
+    """[b, ...] of every process -> [B, ...], in the order of their ranks, on each of them."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 
-def passes(net, data, rows, args, views=0, seed=0, view={}):
-    """Yield features [b, F] of images rows [n] under the view (arguments of augment) and labels [b]
-    by batches. Each process runs net on its share of them, and all get all: numbers do not depend
-    on how many processes there are. views: 1 where files shall come cropped, else 0."""
-    size, world = min(args.batch_size, len(rows)), args.world
-    rounds = math.ceil(len(rows) / (size * world))
-    filled = rows[torch.arange(rounds * world * size) % len(rows)]  # padding, cut off again below
-    own = filled.view(rounds, world, size)[:, args.rank]
-    for number, (_, (images,), _) in enumerate(data.batches(own, views, seed, args.rank, world)):
-        torch.manual_seed(hash((seed, number * world + args.rank)))
-        with torch.no_grad(): features = gather(net(augment(images, args.image_size, **view)))
-        labels = data.labels[rows[number * world * size :][: world * size].to(data.device)]
-        yield from zip(features[: len(labels)].split(size), labels.split(size))
 
-def all_features(net, sets, path, args):
-    """Features [n, F] under the view for testing of every (data, rows [n]) in sets. If there is a
-    path they are taken from there, if they are of these weights and data, else written there."""
-    def compute(): return [torch.cat([x for x, _ in passes(net, *pair, args)]) for pair in sets]
-    if not path: return compute()
-    key = hashlib.sha256(repr((args.dataset, args.data_dir, args.image_size, args.stem)).encode())
-    for data, _ in sets: key.update(repr(getattr(data, "files", len(data.labels))).encode())
-    for weight in net.state_dict().values(): key.update(weight.cpu().contiguous().numpy())
-    device, features = sets[0][0].device, None
-    try: features = torch.load(path, map_location=device, weights_only=True)[key.hexdigest()]
-    except Exception: pass  # none yet, of others, or damaged
-    if gather(torch.tensor([features is not None], device=device)).all(): return features
-    features = compute()
-    if args.rank == 0: torch.save({key.hexdigest(): features}, path)
-    return features
-# ---- k-NN ---------------------------------------------------------------------------------------
-def nearest_neighbors(targets, bank, k, mask=None):
-    """N(i): indices [B, k] of the rows of bank [M, D] nearest to targets [B, D], all of unit norm,
-    nearest first, where mask [M] or [B, M] is True; -1: no more. Raises ValueError if k > M."""
-    if k > len(bank): raise ValueError(f"k = {k} neighbours, but the bank has {len(bank)} rows")
-    similarities = targets @ bank.T  # [B, M]
-    if mask is not None: similarities.masked_fill_(~mask, -math.inf)
-    size = math.gcd(len(bank), 64)  # of a block; the k best rows lie in the k best blocks
-    best = similarities.unflatten(1, (-1, size)).amax(2).topk(min(k, len(bank) // size)).indices
-    rows = (best[:, :, None] * size + torch.arange(size, device=best.device)).flatten(1)
-    values, order = similarities.gather(1, rows).topk(k)
-    return rows.gather(1, order).masked_fill(values == -math.inf, -1)
+# ======== data ========
 
-def knn_predict(queries, features, labels, k, num_classes, temperature=None):
-    """Classes [B] voted by the k rows of features [N, F] nearest in cosine to queries [B, F]: votes
-    of 1, or of exp(cosine / temperature); ties go to the lower class. ValueError if k > N."""
-    features, predictions = F.normalize(features, dim=1), []
-    for chunk in F.normalize(queries, dim=1).split(256):
-        neighbors = nearest_neighbors(chunk, features, k)  # [b, k]
-        votes = torch.einsum("bf,bkf->bk", chunk, features[neighbors])
-        votes = (votes / temperature).exp() if temperature else torch.ones_like(votes)
-        scores = votes.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[neighbors], votes)
-        predictions.append(scores.argmax(1))
-    return torch.cat(predictions)
-# ---- training: linear probe, fine-tuning --------------------------------------------------------
-def train_epochs(batches, network, parameters, milestones, args, **options):
-    """Train by SGD with momentum 0.9, lr x0.1 at milestones (shares of all epochs); batches(epoch)
-    yields inputs of the network and labels."""
-    optimizer = torch.optim.SGD(parameters, momentum=0.9, **options)
-    milestones = [max(1, round(args.epochs * share)) for share in milestones]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    for epoch in range(args.epochs):
-        for inputs, labels in batches(epoch):
-            loss = F.cross_entropy(network(inputs), labels)
-            optimizer.zero_grad(); loss.backward(); optimizer.step()
-        schedule.step()
-        check(loss.isfinite(), f"loss {loss:g} in epoch {epoch + 1}: a smaller --lr?")
-        if args.rank == 0: print(f"epoch {epoch + 1}/{args.epochs} loss {loss:.4g}", flush=True)
 
-def linear_probe(batches, features, queries, num_classes, args):
-    """Classes [B] that a linear layer, trained on frozen features, gives to queries [B, F].
-    batches(epoch) yields features [b, F] and labels [b] of the training images; features [n, F]:
-    theirs under the view for testing, whose mean and standard deviation scale all."""
-    raw = args.protocol == "raw"
-    if not raw: var, mean = torch.var_mean(F.normalize(features, dim=1), dim=0, correction=0)
-    def network(x): return head(x if raw else (F.normalize(x, dim=1) - mean) / (var + 1e-5).sqrt())
-    torch.manual_seed(args.seed)
-    head = nn.Linear(features.shape[1], num_classes).to(features.device)
-    head.weight.data.normal_(std=0.01); head.bias.data.zero_()
-    options = dict(lr=30, nesterov=True) if raw else dict(lr=0.01, weight_decay=1e-4)
-    options["lr"], milestones = args.lr or options["lr"], (0.6, 0.8) if raw else (0.375, 0.75)
-    train_epochs(batches, network, head.parameters(), milestones, args, **options)
-    return network(queries).argmax(1)
+SMALL = 96  # below this size, image files are shrunk once and kept in memory
+HINTS = {
+    "tinyimagenet": "need the unpacked http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "imagenet": "need train/CLASS/*.JPEG and val/CLASS/*.JPEG",
+    "folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
+    "small-folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
+}
 
-def fine_tune(net, train, rows, view, args):
-    """Train all weights of net, images [b, 3, S, S] -> scores [b, C], on images rows [n]. Views (on
-    a CPU, BatchNorm too) are each process's own, so that the result depends on their number."""
-    parts = math.ceil(len(rows) / args.batch_size)
-    check(len(rows) >= 2 * parts * args.world, "BatchNorm needs 2 images a process and step")
-    if args.world > 1 and train.labels.is_cuda: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    network = nn.parallel.DistributedDataParallel(net) if args.world > 1 else net
-    def batches(epoch):
-        seed = hash((args.seed, epoch))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        order = rows[order].tensor_split(parts * args.world)  # all about as long, for BatchNorm
-        own = train.batches(order[args.rank :: args.world], 1, seed, args.rank, args.world)
-        for number, (_, (images,), labels) in enumerate(own):
-            torch.manual_seed(hash((seed, number, args.rank)))
-            yield augment(images, args.image_size, **view), labels
-    options = dict(lr=args.lr or 0.001, weight_decay=1e-4)
-    train_epochs(batches, network.train(), net.parameters(), (0.75,), args, **options)
-    for buffer in net.buffers() if args.world > 1 else (): dist.broadcast(buffer, 0)  # BatchNorm's
-    return net.eval()
-# ---- the table ----------------------------------------------------------------------------------
-def main(args):
-    """Returns {"1-NN", "20-NN", "200-NN", "linear"} or {"fine-tuned"}: top-1 percent of test."""
-    asked, (args, weights, step), path = args.dataset, complete(args), None
-    torch.manual_seed(args.seed)
-    (net, width), projector, source = encoder(args.arch, args.stem), [], f"{args.baseline} baseline"
-    folder = Path(args.checkpoint or f"runs/{args.baseline}-{args.dataset}-{args.seed}/-").parent
-    if args.baseline == "raw": net = Pixels()
-    if args.checkpoint:
-        count, head = load_backbone(net, weights, args.prefix, args.checkpoint)
+
+def load_split(args, is_train):
+    """A split: (images uint8 [N, 3, H, H], None, labels [N]) or, where the images are files, (None,
+    N paths, labels [N]). A label of -1 is unknown. OSError or RuntimeError for missing data."""
+    root = Path(args.data_dir).expanduser()
+    if args.dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        split = slice(None, -360) if is_train else slice(-360, None)  # written by other people
+        images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
+        images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
+        return images.expand(-1, 3, -1, -1), None, digits.target[split]
+    if args.dataset in ("cifar10", "cifar100"):
+        cifar = datasets.CIFAR10 if args.dataset == "cifar10" else datasets.CIFAR100
+        source = cifar(root, is_train, download=True)
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2), None, source.targets
+    if args.dataset == "stl10":
+        source = datasets.STL10(root, "train+unlabeled" if is_train else "test", download=True)
+        return torch.from_numpy(source.data), None, source.labels
+    need_classes = args.dataset in ("imagenet", "tinyimagenet")
+    paths, labels = list_files(root, is_train, need_classes)
+    return None, paths, labels
+
+
+def list_files(root, is_train, need_classes):
+    """Paths of a split's image files, and their labels. The class of a file is the first folder
+    below train/ or val/ in which it lies; in none, or in unlabelled/, its label is -1. If there is
+    no train/ and no need for classes, all files in root are for training, without labels."""
+    folder = root / ("train" if is_train else "val")
+    if is_train and not need_classes and not folder.is_dir():
+        folder = root
+    names = find_images(folder) if folder.is_dir() else []
+    if is_train and not names:
+        raise FileNotFoundError(f"no images in {folder.absolute()}")
+
+    class_names = [os.path.dirname(name).split(os.sep)[0] for name in names]
+    if (folder / "val_annotations.txt").exists():  # Tiny ImageNet has a list in place of folders
+        lines = (folder / "val_annotations.txt").read_text().splitlines()
+        listed = dict(line.split("\t")[:2] for line in lines if line)
+        pairs = zip(names, class_names)
+        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+    classes = []
+    if (root / "train").is_dir():  # which numbers the classes of val/, too
+        classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+    no_classes = ("unlabelled", "unlabeled")
+    classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of.get(name, -1) for name in class_names]
+    return [os.path.join(folder, name) for name in names], labels
+
+
+def find_images(folder):
+    """Paths, relative to folder, of the image files in it at any depth. Names that begin with . or
+    @ (of a NAS) are no data."""
+    names = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] in ".@":
+            continue
+        if entry.is_dir():
+            names += [os.path.join(entry.name, name) for name in find_images(entry.path)]
+        elif entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
+            names.append(entry.name)
+    return names
+
+
+def read_image(path):
+    """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
+            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray in any Pillow
+                high_bytes = np.asarray(image) // 256
+                return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError("its range is unknown; convert it to 8 or 16 bits per channel")
+            return image.convert("RGB")
+    except Exception as error:
+        raise OSError(f"cannot read {path}: {error}") from error
+
+
+class ImageFiles(Dataset):
+    """Item i: random crops of the i-th file, uint8 [crops, 3, S, S]; with crops = 0, its middle."""
+
+    def __init__(self, paths, args, crops):
+        self.paths = paths
+        self.views = max(1, crops)
+        size = args.image_size
+        resized = size if size < SMALL else size * 8 // 7  # 256 for 224
+        self.view = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
+        if crops > 0:
+            self.view = transforms.RandomResizedCrop(size, args.crop_scale)
+
+    def __getitem__(self, i):
+        image = read_image(self.paths[i])
+        views = [self.view(image) for _ in range(self.views)]
+        return torch.stack([pil_to_tensor(view) for view in views])
+
+
+class ImageData:
+    """A split of a data set, on the device: labels [N], -1 where unknown, and images, uint8
+    [N, 3, H, H]; or images is None, and files are read when a batch needs them."""
+
+    def __init__(self, args, is_train, device):
+        self.args = args
+        self.device = device
         try:
-            projector = read_projector(weights, head) if args.fine_tune else []
-            width = nn.Sequential(*projector).eval()(torch.zeros(1, width)).shape[1]
-        except Exception as error: check(False, f"cannot use projector {head}: {error!r:.200}")
-        source = f"{args.checkpoint}: all {count} tensors of {args.arch} matched"
-    check(os.access(folder if folder.exists() else ".", os.W_OK), f"cannot write into {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    check(not cuda or local < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
-    if cuda: torch.cuda.set_device(device)
-    if args.world > 1: dist.init_process_group("nccl" if cuda else "gloo")
-    if local > 0: dist.barrier()  # until the first process of the node has downloaded
-    train, test = (ImageData(args, split, device) for split in (True, False))
-    if args.world > 1 and local == 0: dist.barrier()
-    check(train.classes == test.classes, "train and val do not have the same classes")
-    known = (train.labels >= 0).nonzero()[:, 0].cpu()  # STL-10 has unlabelled images too
-    if args.labels: train.labels = given_labels(args.labels, args.label_seed, train)
-    rows, every = (train.labels >= 0).nonzero()[:, 0].cpu(), torch.arange(len(test.labels))
-    labels, classes, answers = train.labels[rows.to(device)], len(train.classes), {}
-    source += f"\n{args.dataset}: {len(rows)} labelled images, {len(every)} test images"
-    if args.rank == 0: print(source, flush=True)
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(args.fine_tune)
-    view = dict(flip=args.flip, rotation=args.rotation)
-    if train.images is not None: view["scale"] = args.crop_scale  # files come cropped
-    if args.fine_tune:
-        if not projector and args.rank == 0: print("no projector: fine-tuning without")
-        net = nn.Sequential(net, *projector, nn.Linear(width, classes)).to(device)
-        net = fine_tune(net, train, rows, view, args)
-        (queries,) = all_features(net, [(test, every)], None, args)
-        answers["fine-tuned"] = queries.argmax(1)
+            images, self.paths, labels = load_split(args, is_train)
+        except (OSError, RuntimeError) as error:
+            hint = HINTS.get(args.dataset, "without a network, unpack its archive there")
+            fault = f"cannot load {args.dataset} from --data-dir {args.data_dir}"
+            raise SystemExit(f"{fault}: {hint} ({error})") from error
+        if self.paths and args.image_size < SMALL:
+            order = torch.arange(len(labels)).split(256)
+            batches = self.read_files(order, crops=0)
+            # Cloned, so that the workers' shared memory is free again.
+            images = torch.cat([batch.squeeze(1).clone() for batch in batches])
+        self.images = None if images is None else images.contiguous().to(device)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+
+    def batches(self, order, crops):
+        """For each batch of indices [b] in order, a list of `crops` tensors [b, 3, S, S] in 0..1:
+        random crops or, for crops = 0, one with the images as they are tested, at their size."""
+        if self.images is None:
+            for images in self.read_files(order, crops):
+                images = images.to(self.device, non_blocking=True) / 255
+                yield list(images.unbind(1))
+        else:
+            for indices in order:
+                images = self.images[indices] / 255
+                if crops == 0:
+                    yield [images]
+                else:
+                    yield [random_crop(images, self.args) for _ in range(crops)]
+
+    def read_files(self, order, crops):
+        """For each batch of indices [b] in order, uint8 [b, max(1, crops), 3, S, S]."""
+        return DataLoader(
+            ImageFiles(self.paths, self.args, crops),
+            batch_sampler=[indices.tolist() for indices in order],
+            num_workers=self.args.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+
+def choose_labels(args, data):
+    """Labels [N] of the images of data: those that --labels gives, else -1. The share is taken of
+    each class, one image at least. Raises SystemExit for what is neither share nor list."""
+    share = re.fullmatch(r"([1-9]\d?|100)pct", args.labels)
+    if share is None:
+        chosen = listed_images(args.labels, data)
     else:
-        path, voters = (folder / "features.pt", known) if args.cache_features else (path, rows)
-        features, queries = all_features(net, [(train, voters), (test, every)], path, args)
-        if path: features = features[torch.isin(voters, rows).to(device)]
-        check(features.isfinite().all() & queries.isfinite().all(), "features are not finite")
-        for k, temperature in (1, None), (20, None), (200, 0.1):
-            few = min(k, len(rows) if temperature else math.ceil(len(rows) / classes))  # else ties
-            answers[f"{k}-NN"] = knn_predict(queries, features, labels, few, classes, temperature)
-        def batches(epoch):
-            seed = hash((args.seed, epoch))
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-            if not path: return passes(net, train, rows[order], args, 1, seed, view)
-            return ((features[i], labels[i]) for i in order.to(device).split(args.batch_size))
-        if args.epochs: answers["linear"] = linear_probe(batches, features, queries, classes, args)
-    results = {k: 100 * (v == test.labels).double().mean().item() for k, v in answers.items()}
-    if args.rank > 0: return results
-    of = (Path(args.checkpoint).stem.replace("last", ""), asked) if args.checkpoint else ()
-    how = Path(args.labels or "").stem, f"seed{args.label_seed}" * (args.label_seed > 0)
-    how += (args.prefix or "").strip("."), "cached" * bool(path), "fine-tuned" * args.fine_tune
-    name = "-".join(filter(None, ("eval", *of, *how)))
-    record = vars(args) | dict(labelled=len(rows), test=len(every), step=step, top1=results)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    from torch.utils.tensorboard import SummaryWriter
-    with SummaryWriter(folder) as writer:
-        for judge, value in results.items():
-            print(f"{judge:>10} {value:6.2f}")
-            writer.add_scalar(f"{name}/{judge}", value, step)
-        if args.projector:  # of 5,000 images at most: the page grows slow
-            first = test.batches(every[:5000].split(256))
-            small = [F.interpolate(x / 255, min(32, x.shape[-1])) for _, (x,), _ in first]
-            names = [str(test.classes[label]) for label in test.labels[:5000].tolist()]
-            writer.add_embedding(queries[:5000], names, torch.cat(small), step, name)
-    print(f"written to {folder / name}.json")
+        generator = torch.Generator().manual_seed(args.label_seed)
+        chosen = []
+        for label in range(data.labels.max().item() + 1):
+            images = (data.labels == label).nonzero().squeeze(1).cpu()
+            images = images[torch.randperm(len(images), generator=generator)]
+            chosen += images[: max(1, round(len(images) * int(share[1]) / 100))].tolist()
+    if len(chosen) == 0:
+        raise SystemExit(f"--labels {args.labels} gives no training image a label")
+    given = torch.full_like(data.labels, -1)
+    given[chosen] = data.labels[chosen]
+    return given
+
+
+def listed_images(path, data):
+    """Indices of the labelled images that a file lists: each line is the end of one path."""
+    if not Path(path).expanduser().is_file():
+        raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
+    if data.paths is None:
+        raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
+    images_of = {}  # name of a file -> (image, path) of all that have it
+    for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
+        place = os.path.abspath(data.paths[i]).replace(os.sep, "/")
+        images_of.setdefault(os.path.basename(place), []).append((i, place))
+    chosen = []
+    faults = []
+    for line in Path(path).expanduser().read_text("utf-8-sig", errors="replace").splitlines():
+        name = line.strip().replace("\\", "/").removeprefix("./").lstrip("/")
+        same_name = images_of.get(os.path.basename(name), [])
+        found = [(i, place) for i, place in same_name if f"/{place}".endswith(f"/{name}")]
+        if len(found) == 1:
+            chosen.append(found[0][0])
+        elif name:
+            places = ", ".join(place for _, place in (found or same_name)[:3])
+            faults.append(f"{name} ({len(found)} match; there are: {places or 'none'})")
+    if faults:
+        shown = ", ".join(faults[:3])
+        raise SystemExit(f"{path}: {len(faults)} line(s) do not name one labelled image: {shown}")
+    return chosen
+
+
+# ======== views: random for every image, computed for a whole batch on its device ========
+# The same in every script; skip them at first reading.
+
+
+def uniform(images, low, high):
+    """A random number in low..high for every image, [n, 1, 1, 1]."""
+    return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
+
+
+def random_boxes(n, side, scale, device):
+    """Boxes in square images, drawn as by torchvision's RandomResizedCrop: start and length of
+    their rows and columns, [2, n] each."""
+    area = torch.empty(n, 10, device=device).uniform_(*scale) * side**2  # ten tries
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
+    fits = ((lengths >= 1) & (lengths <= side)).all(dim=0)
+    first = fits.int().argmax(dim=1)  # the first try that fits
+    length = lengths[:, torch.arange(n, device=device), first]
+    length = torch.where(fits.any(dim=1), length, side)  # or the whole image
+    start = (torch.rand(2, n, device=device) * (side - length + 1)).floor()
+    return start, length
+
+
+def resize_weights(start, length, side, size):
+    """Matrices [..., size, side] that cut start..start + length out of `side` pixels and resize it
+    to `size` pixels, bilinear and antialiased as in torchvision."""
+    start = start[..., None, None]
+    end = start + length[..., None, None]
+    step = (end - start) / size  # from one pixel of the result to the next
+    pixels = torch.arange(side, device=start.device) + 0.5
+    centers = start + step * (torch.arange(size, device=start.device)[:, None] + 0.5)
+    weights = (1 - (pixels - centers).abs() / step.clamp(min=1)).clamp(min=0)  # triangles
+    weights = weights * ((pixels > start) & (pixels < end))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def random_crop(images, args):
+    """Images [n, 3, H, H] -> random resized crops, [n, 3, S, S]."""
+    n, _, side, _ = images.shape
+    start, length = random_boxes(n, side, args.crop_scale, images.device)
+    rows, columns = resize_weights(start, length, side, args.image_size)
+    return torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
+
+
+def flip_and_rotate(images, args):
+    """Mirror each image with probability args.flip, and turn it by up to args.rotation degrees."""
+    images = torch.where(uniform(images, 0, 1) < args.flip, images.flip(3), images)
+    if args.rotation == 0:
+        return images
+    angle = uniform(images, -args.rotation, args.rotation).deg2rad().flatten()
+    zero = torch.zeros_like(angle)
+    matrix = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
+    matrices = torch.stack(matrix, dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def standardize(images):
+    """Subtract ImageNet's mean and divide by its standard deviation, channel by channel."""
+    red, green, blue = images.unbind(1)
+    channels = [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225]
+    return torch.stack(channels, dim=1).contiguous(memory_format=torch.channels_last)
+
+
+# ======== evaluation ========
+
+
+@contextlib.contextmanager
+def failures_explained():
+    """Around main: one line for a file that cannot be read or written, and a hint where processes
+    that read images fail."""
+    try:
+        yield
+    except OSError as error:
+        # What a worker raises comes with its traceback: the last line is what it said.
+        raise SystemExit(str(error).strip().split("\n")[-1]) from error
+    except RuntimeError as error:
+        if not re.search(r"worker .*(killed|exited)|shared memory", str(error)):
+            raise
+        hint = "Lower --num-workers or, in Docker, use docker run --shm-size=8g."
+        raise SystemExit(f"Reading images failed; too little memory? {hint}\n{error}") from error
+
+
+def write(results, picture, folder, name, step, args):
+    """Write results as JSON and the picture of neighbours, if there is one, into folder, and both
+    for TensorBoard. If that is impossible, say so: the results are on the terminal."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"top1": results, "step": step, "args": asdict(args)}
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        with SummaryWriter(folder) as writer:
+            for judge, result in results.items():
+                writer.add_scalar(f"{name}/{judge}", result, step)
+            if picture is not None:
+                picture_name = name.replace("eval", "neighbors")
+                save_image(picture, folder / f"{picture_name}.png")
+                writer.add_image(picture_name, picture, step)
+                print(f"neighbours are shown in {folder / picture_name}.png")
+        print(f"written to {folder / name}.json")
+    except OSError as error:
+        print(f"cannot write into {folder}: {error}")
+
+
+@failures_explained()
+def main(args):
+    """Returns accuracies in percent: "1-NN", "20-NN", "200-NN" and "linear", or "fine-tuned"."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.checkpoint is None and args.baseline is None:
+        raise SystemExit("give --checkpoint, or --baseline raw or random")
+    content = {}
+    if args.checkpoint is not None:
+        content = read_file(args.checkpoint)
+    is_own = isinstance(content, dict) and isinstance(content.get("args"), dict)
+    args = complete_args(args, content["args"] if is_own else {})
+
+    torch.manual_seed(args.seed)
+    backbone, width = build_backbone(args.arch, args.stem)
+    projector = []
+    if args.baseline is None:
+        tensors = drop_wrappers(named_tensors(content), args.checkpoint)
+        tensors = name_numbered(tensors)
+        prefix = args.prefix
+        if prefix is None:
+            prefix = OWN if is_own else find_prefix(tensors, args.checkpoint)
+        load_backbone(backbone, tensors, prefix, args.checkpoint)
+        if args.fine_tune:
+            projector = load_projector(tensors, prefix)
+        source = f"{args.arch} of {args.checkpoint}, tensors {prefix}*"
+    else:
+        source = f"baseline {args.baseline}"
+    step = content.get("step", 0) if is_own else 0
+    del content
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "nccl" if on_gpu else "gloo"
+        patience = timedelta(hours=1)  # for a download
+        dist.init_process_group(backend, timeout=patience, device_id=device if on_gpu else None)
+    # The first process of each node loads the data first, as it may download them.
+    if world_size > 1 and local_rank > 0:
+        dist.barrier()
+    train = ImageData(args, is_train=True, device=device)
+    test = ImageData(args, is_train=False, device=device)
+    if world_size > 1 and local_rank == 0:
+        dist.barrier()
+
+    if args.labels is not None:
+        train.labels = choose_labels(args, train)
+
+    if args.baseline == "raw":
+        encoder = Pixels()
+    else:
+        encoder = Encoder(backbone, args.amp).to(device, memory_format=torch.channels_last)
+    if rank == 0:
+        labelled = (train.labels >= 0).sum().item()
+        tested = (test.labels >= 0).sum().item()
+        print(source)
+        print(f"{args.dataset}: {labelled} labelled training images, {tested} labelled test images")
+    name = "eval" if args.baseline is None else f"eval-{args.baseline}"
+    if args.fine_tune:
+        name = f"{name}-fine-tuned"
+        network = nn.Sequential(encoder, *projector)
+        results = judge_fine_tuned(network, train, test, args, rank, world_size)
+        picture = None
+    else:
+        results, picture = judge_frozen(encoder, train, test, args, rank, world_size)
+    if rank == 0:
+        for judge, accuracy in results.items():
+            print(f"{judge:>10} {accuracy:6.2f}%")
+        folder = Path("runs", f"{args.baseline}-{args.dataset}-{args.seed}")
+        if args.checkpoint is not None:
+            folder = Path(args.checkpoint).parent
+        write(results, picture, folder, name, step, args)
+    if world_size > 1:
+        dist.destroy_process_group()
     return results
+
 
 if __name__ == "__main__":
     main(tyro.cli(Args))
