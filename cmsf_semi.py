@@ -5,17 +5,19 @@
 """CMSF with labels: Constrained Mean Shift, semi-supervised and supervised (Navaneet, Abbasi
 Koohpayegani, Tejankar et al., ECCV 2022).
 
-MSF (see msf.py) pulls an image towards the rows of a memory bank M that are nearest to its target
-embedding u. Here only rows of the image's own label count. norm(x) = x / ||x||.
+An online encoder f with a predictor h learns from a target encoder g, the moving average of f.
+MSF pulls an image towards the rows of a memory bank M that are nearest to its target embedding u.
+Here only rows of the image's own label count. norm(x) = x / ||x||.
 
     query    q = norm(h(f(strong view)))
     target   u = norm(g(weak view))
     label    the given one; else what a classifier on u predicts, if its probability is at least
              --confidence; else none. u is pushed into M with it
-    loss     mean of ||q - M_j||^2 over the k rows nearest to u that have the image's label (fewer
-             if there are fewer); if it has none, of all rows
+    loss     mean of ||q - M_j||^2 over the k rows nearest to u: among those with the image's label
+             (fewer than k if M has fewer) or, if the image has no label, among all rows
 
-Every half epoch the classifier takes ten passes over the last u of the images with given labels.
+Every half epoch (from batches of 1024 on, every epoch) the classifier takes ten passes over the
+last u of the images with given labels.
 
     python cmsf_semi.py                                            # digits, a tenth of the labels
     python cmsf_semi.py --labels 100pct                            # every label there is
@@ -86,7 +88,7 @@ class Args:
     weight_decay: float = 5e-4  # of SGD
 
     # constrained mean shift with labels
-    labels: str = "10pct"  # of each class (1pct to 100pct), or a file: one image file name per line
+    labels: str = "10pct"  # that are given: 1pct to 100pct of each class, or a file of file names
     label_seed: int = 0  # which images of a class have labels
     confidence: float = 0.85  # least probability of a predicted label
     topk: int = 10  # neighbours k, the image itself being the first
@@ -133,7 +135,7 @@ def check_args(args, world_size):
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
         raise SystemExit(f"--batch-size: need 2 or more for each of {world_size} equal processes")
     if not args.topk <= args.batch_size <= args.bank_size:
-        raise SystemExit("need --topk <= --batch-size (the first rows) <= --bank-size")
+        raise SystemExit("need --topk <= --batch-size (rows of the first step) <= --bank-size")
     if not 0 < args.confidence <= 1:
         raise SystemExit("--confidence: need a probability")
 
@@ -150,7 +152,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("embeddings", torch.zeros(size, dim))
         self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("true_labels", torch.full((size,), -1))
-        self.pushed = 0  # rows ever pushed: on the host, so that no step waits for the device
+        # Rows ever pushed: on the host, so that no step waits for the device. main saves it.
+        self.pushed = 0
 
     def __len__(self):
         return min(self.pushed, len(self.labels))
@@ -168,7 +171,7 @@ class MemoryBank(nn.Module):
 @torch.autocast("cuda", enabled=False)  # in float32, even where the networks are in bfloat16
 def nearest_neighbors(targets, bank, k):
     """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
-    unit norm, so the nearest has the largest dot product. ValueError for k > M. Here for k-NN."""
+    unit norm, so the nearest has the largest dot product. ValueError for k > M. (For the k-NN.)"""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
     return (targets @ bank.T).topk(k, dim=1).indices
@@ -176,8 +179,9 @@ def nearest_neighbors(targets, bank, k):
 
 @torch.autocast("cuda", enabled=False)  # in float32, too
 def same_label_neighbors(targets, labels, bank, bank_labels, k):
-    """The same among rows with the label of the image: labels [b], bank_labels [M]. Label -1: among
-    all rows. Returns indices [b, k], and valid [b, k], False where too few rows match."""
+    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first, among
+    those with the image's label: labels [b], bank_labels [M]; for label -1, among all rows. And
+    valid [b, k], False where too few rows match. Raises ValueError for k > M."""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
     excluded = (labels[:, None] >= 0) & (labels[:, None] != bank_labels)  # [b, M]
@@ -209,7 +213,8 @@ class CMSF(nn.Module):
         self.bank = MemoryBank(bank_size, dim)  # M
         self.ema = ema
 
-        # None if all labels are given. Trained apart, on one process: not in DDP or SyncBatchNorm.
+        # An MLP on u; None if all labels are given. The first process trains it by itself: without
+        # gradients here, DDP and the optimiser leave it out, and main keeps SyncBatchNorm from it.
         self.classifier = None
         num_cached = 0
         if (given_labels < 0).any():
@@ -217,6 +222,7 @@ class CMSF(nn.Module):
             self.classifier = mlp(dim, 2 * dim, num_classes).requires_grad_(False)
             num_cached = len(given_labels)
         self.register_buffer("classifier_trained", torch.tensor(False))
+        # A copy: resume writes a checkpoint's labels into it, and main compares them with its own.
         self.register_buffer("given_labels", given_labels.clone())
         self.register_buffer("cache", torch.zeros(num_cached, dim))  # the last u of every image
         self.register_buffer("cached", torch.zeros(num_cached, dtype=torch.bool))  # is there one?
@@ -360,7 +366,9 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        split = slice(None, -360) if is_train else slice(-360, None)  # written by other people
+        split = (
+            slice(None, -360) if is_train else slice(-360, None)
+        )  # the last are by other writers
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
         return images.expand(-1, 3, -1, -1), None, digits.target[split]
@@ -394,7 +402,7 @@ def list_files(root, is_train, need_classes):
         pairs = zip(names, class_names)
         class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
     classes = []
-    if (root / "train").is_dir():  # which numbers the classes of val/, too
+    if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     no_classes = ("unlabelled", "unlabeled")
     classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
@@ -421,8 +429,9 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
+            # 16-bit gray has the mode I;16; older Pillow opens PNG and PPM in 32 bits, as I.
             held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
-            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray in any Pillow
+            if held_in_32 or image.mode.startswith("I;16"):
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
@@ -437,16 +446,17 @@ class ImageFiles(Dataset):
 
     def __init__(self, paths, args, crops):
         self.paths = paths
-        self.views = max(1, crops)
+        self.num_views = max(1, crops)
         size = args.image_size
-        resized = size if size < SMALL else size * 8 // 7  # 256 for 224
-        self.view = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
         if crops > 0:
-            self.view = transforms.RandomResizedCrop(size, args.crop_scale)
+            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
+        else:
+            resized = size if size < SMALL else size * 8 // 7  # 256 for 224
+            self.cut = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
 
     def __getitem__(self, i):
         image = read_image(self.paths[i])
-        views = [self.view(image) for _ in range(self.views)]
+        views = [self.cut(image) for _ in range(self.num_views)]
         return torch.stack([pil_to_tensor(view) for view in views])
 
 
@@ -531,6 +541,7 @@ def listed_images(path, data):
         raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
+    # A line is the end of a path, perhaps only the file's name: look that up, and compare the ends.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")
@@ -659,12 +670,12 @@ def standardize(images):
 
 
 def weak_view(crops, args):
-    """Crops [b, 3, S, S] in 0..1 -> what the target encoder sees."""
+    """Crops [b, 3, S, S] in 0..1 -> weak views."""
     return standardize(flip_and_rotate(crops, args))
 
 
 def strong_view(crops, args):
-    """Crops [b, 3, S, S] in 0..1 -> what the online encoder sees."""
+    """Crops [b, 3, S, S] in 0..1 -> strong views: with other colours, too."""
     images = color_jitter(flip_and_rotate(crops, args), *args.jitter)
     if args.gray > 0:
         images = torch.where(uniform(images, 0, 1) < args.gray, rgb_to_grayscale(images), images)
@@ -683,8 +694,8 @@ def check_data(args, train, test, world_size):
         raise SystemExit(f"{n} training images are too few")
     if args.batch_size > n:
         batch = world_size * max(2, n // 4 // world_size)  # some four steps an epoch
-        fitting = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
-        raise SystemExit(f"--batch-size is above the {n} training images; these fit: {fitting}")
+        smaller = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
+        raise SystemExit(f"--batch-size is above the {n} training images; try {smaller}")
     labelled = (train.labels >= 0).sum().item()
     tested = (test.labels >= 0).sum().item()
     lines = [f"{n} training images ({labelled} labelled), {tested} labelled test images"]
@@ -702,8 +713,8 @@ def check_data(args, train, test, world_size):
 @torch.no_grad()
 def embed(backbone, data, indices, rank, world_size):
     """Features [n, width], of unit norm, of the images with these indices [n], on all processes."""
-    share = math.ceil(len(indices) / world_size)  # equal, for gather: what is too much wraps around
-    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)
+    share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
+    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)  # the last wrap around
     amp = data.args.amp and data.device.type == "cuda"
     features = []
     backbone.eval()
@@ -748,7 +759,7 @@ def classifier_accuracy(model, test, rank, world_size):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """For steps 1, 2, ...: linear up to lr, then a cosine from lr (once more) towards 0."""
+    """For steps 1, 2, ...: linear warm-up to lr, then a cosine from lr towards 0."""
     warmup = args.warmup_epochs * steps_per_epoch
     if step <= warmup:
         return args.lr * step / warmup
@@ -760,10 +771,10 @@ def save(content, path):
     """Write a file whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.with_suffix(".tmp").write_bytes(
-        buffer.getbuffer()
-    )  # OSError if the disk is full; torch's own is not
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    # torch.save to a full disk raises RuntimeError; this raises OSError, of which main tells.
+    temporary.write_bytes(buffer.getbuffer())
+    os.replace(temporary, path)
 
 
 def resume(path, args, n, model, optimizer):
@@ -776,7 +787,7 @@ def resume(path, args, n, model, optimizer):
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        fault = f"{path} is of another script or sizes (--arch, --stem, --bank-size, ...)"
+        fault = f"{path} is of another script, or --arch, --stem, --bank-size, --labels, ..."
         raise SystemExit(f"{fault}: choose a new --run-name") from error
     model.bank.pushed = state["pushed"]
     given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
@@ -836,8 +847,8 @@ def main(args):
     if world_size > 1 and local_rank == 0:
         dist.barrier()
     lines = check_data(args, train, test, world_size)
-    true_labels = train.labels
-    train.labels = choose_labels(args, train)  # all else, the k-NN's votes too, sees only these
+    true_labels = train.labels  # from here on only for metrics
+    train.labels = choose_labels(args, train)  # for all else, the k-NN's votes included
     counts = train.labels[train.labels >= 0].bincount(minlength=true_labels.max().item() + 1)
     least, most = counts.min().item(), counts.max().item()
     lines.append(f"{counts.sum().item()} labels are given, {least} to {most} of each class")
@@ -876,9 +887,11 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        parallel_model.broadcast_buffers = False  # from now on: all fill the same bank
+        # It has sent the first process's buffers to all. From now on each process keeps its own:
+        # all of them push the same rows into their banks.
+        parallel_model.broadcast_buffers = False
     if rank == 0:
-        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
+        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)  # makes it
         writer.add_text("args", str(args))
         lines.append(f"training on {world_size} x {device.type}, writing to {folder}")
         print(*lines, sep="\n", flush=True)
@@ -886,9 +899,9 @@ def main(args):
     def measure(epoch):
         knn = knn_accuracy(backbone, train, test, rank, world_size)
         classifier = classifier_accuracy(model, test, rank, world_size)
-        for name, accuracy in (("k-NN", knn), ("classifier", classifier)):
+        measured = [("knn", "k-NN", knn), ("classifier", "classifier", classifier)]
+        for tag, name, accuracy in measured:
             if rank == 0 and accuracy is not None:
-                tag = name.replace("-", "").lower()
                 writer.add_scalar(tag, accuracy, epoch * steps_per_epoch)
                 print(f"epoch {epoch}/{args.epochs}  {name} accuracy {accuracy:.2f}%", flush=True)
         return {"knn": knn, "classifier": classifier}
@@ -925,7 +938,8 @@ def main(args):
             history.append(torch.stack([loss.detach(), *metrics.values()]))
             if (i + 1) % args.log_every != 0 and i + 1 < steps_per_epoch:
                 continue
-            # From here on the host waits for the device. A NaN of one process is in all weights.
+            # From here on the host waits for the device. All processes stop together, as a NaN of
+            # one is in the weights of all.
             if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
                 raise SystemExit(f"loss or weights not finite: step {step}, lr {lr:g}; lower --lr")
             if rank == 0:
@@ -952,8 +966,7 @@ def main(args):
     accuracies = measure(args.epochs)
     if rank == 0:
         writer.close()
-        if accuracies["knn"] is not None:
-            print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
+        print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
     if world_size > 1:
         dist.destroy_process_group()
     return {"loss": loss.item(), **accuracies, "checkpoint": str(folder / "last.pt")}

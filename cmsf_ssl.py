@@ -4,10 +4,10 @@
 # ///
 """CMSF: Constrained Mean Shift (Navaneet, Abbasi Koohpayegani, Tejankar et al., ECCV 2022).
 
-MSF (see msf.py for f, g, h) pulls an image towards the rows of a memory bank M nearest to its
-target embedding u; being near already, they teach little. Here a second bank M', row by row of the
-same images as M, says which other rows are related: those near to u', another embedding of the
-image. norm(x) = x / ||x||.
+An online encoder f with a predictor h learns from a target encoder g, the moving average of f.
+MSF pulls an image towards the rows of a memory bank M nearest to its target embedding u; being near
+already, they teach little. Here a second bank M', row by row of the same images as M, says which
+other rows are related: those near to u', another embedding of the image. norm(x) = x / ||x||.
 
     target   u = norm(g(weak view)), which is pushed into M, and u' into M' with it
     query    q = norm(h(f(strong view)))
@@ -90,7 +90,7 @@ class Args:
     # constrained mean shift
     constraint: Literal["previous-epoch", "third-view", "kmeans"] = "previous-epoch"
     topk: int = 5  # neighbours k, the image itself being the first
-    num_candidates: int = 5  # rows n of C, n >= k; n = k takes them all (not for kmeans)
+    num_candidates: int = 5  # rows n of C, n >= k; if n = k, all of C counts; not for kmeans
     images_per_cluster: int = 25  # on average, for kmeans
     bank_size: int = 1024  # rows of the memory bank M
     ema: float = 0.99  # share of the target encoder g that a step keeps
@@ -135,8 +135,9 @@ def check_args(args, world_size):
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
         raise SystemExit(f"--batch-size: need 2 or more for each of {world_size} equal processes")
     if not args.topk <= args.batch_size <= args.bank_size:
-        raise SystemExit("need --topk <= --batch-size (the first rows) <= --bank-size")
-    if not args.topk <= args.num_candidates <= args.bank_size and args.constraint != "kmeans":
+        raise SystemExit("need --topk <= --batch-size (rows of the first step) <= --bank-size")
+    in_bounds = args.topk <= args.num_candidates <= args.bank_size
+    if args.constraint != "kmeans" and not in_bounds:
         raise SystemExit("need --topk <= --num-candidates <= --bank-size")
     if args.images_per_cluster < 1:
         raise SystemExit("--images-per-cluster must be at least 1")
@@ -155,7 +156,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("others", torch.zeros(size, dim))  # M'
         self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("indices", torch.full((size,), -1))
-        self.pushed = 0  # rows ever pushed: on the host, so that no step waits for the device
+        # Rows ever pushed: on the host, so that no step waits for the device. main saves it.
+        self.pushed = 0
 
     def __len__(self):
         return min(self.pushed, len(self.labels))
@@ -199,12 +201,12 @@ def cluster_neighbors(similarities, clusters, bank_clusters, k):
     """The k rows with the largest similarities [b, M] in the image's cluster: clusters [b] are
     those of the images, bank_clusters [M] those of the rows. Indices [b, k], and valid [b, k],
     False where the cluster has fewer rows."""
-    other_cluster = clusters[:, None] != bank_clusters
-    values, indices = similarities.masked_fill(other_cluster, -math.inf).topk(k, dim=1)
+    excluded = clusters[:, None] != bank_clusters  # [b, M]
+    values, indices = similarities.masked_fill(excluded, -math.inf).topk(k, dim=1)
     return indices, values > -math.inf
 
 
-@torch.autocast("cuda", enabled=False)  # as above
+@torch.autocast("cuda", enabled=False)  # in float32, too
 def mean_shift_loss(queries, neighbors, valid=None):
     """Mean over images of the mean over their valid neighbours of ||q - M_j||^2 = 2 - 2 q . M_j:
     queries [b, D], neighbors [b, k, D], of unit norm, valid [b, k], one at least (None: all)."""
@@ -244,11 +246,10 @@ class CMSF(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.bank = MemoryBank(bank_size, dim)  # M and M'
         self.ema = ema
-        if constraint == "third-view":
-            num_images = 0
-        self.register_buffer("cache", torch.zeros(num_images, dim))  # the last u of every image
-        self.register_buffer("cached", torch.zeros(num_images, dtype=torch.bool))  # is there one?
-        self.register_buffer("clusters", torch.zeros(num_images, dtype=torch.int64))
+        num_cached = 0 if constraint == "third-view" else num_images
+        self.register_buffer("cache", torch.zeros(num_cached, dim))  # the last u of every image
+        self.register_buffer("cached", torch.zeros(num_cached, dtype=torch.bool))  # is there one?
+        self.register_buffer("clusters", torch.zeros(num_cached, dtype=torch.int64))
 
     def update_target(self):
         """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
@@ -298,7 +299,8 @@ class CMSF(nn.Module):
         metrics = {
             "purity": label_purity(self.bank.labels[nearest], labels),
             "purity_constrained": label_purity(related_labels, labels),
-            # Rows nearer than the farthest related one; for plain neighbours, k - 1.
+            # How many rows are nearer to u than the farthest related row: k - 1 if the related
+            # rows are just the k nearest, more if the constraint reaches farther.
             "rank": (similarities > farthest).sum(dim=1).float().mean(),
             "spread": targets.std(dim=0).norm(),  # near 1: they point everywhere; 0: all are alike
         }
@@ -380,7 +382,9 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        split = slice(None, -360) if is_train else slice(-360, None)  # written by other people
+        split = (
+            slice(None, -360) if is_train else slice(-360, None)
+        )  # the last are by other writers
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
         return images.expand(-1, 3, -1, -1), None, digits.target[split]
@@ -414,7 +418,7 @@ def list_files(root, is_train, need_classes):
         pairs = zip(names, class_names)
         class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
     classes = []
-    if (root / "train").is_dir():  # which numbers the classes of val/, too
+    if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     no_classes = ("unlabelled", "unlabeled")
     classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
@@ -441,8 +445,9 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
+            # 16-bit gray has the mode I;16; older Pillow opens PNG and PPM in 32 bits, as I.
             held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
-            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray in any Pillow
+            if held_in_32 or image.mode.startswith("I;16"):
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
@@ -457,16 +462,17 @@ class ImageFiles(Dataset):
 
     def __init__(self, paths, args, crops):
         self.paths = paths
-        self.views = max(1, crops)
+        self.num_views = max(1, crops)
         size = args.image_size
-        resized = size if size < SMALL else size * 8 // 7  # 256 for 224
-        self.view = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
         if crops > 0:
-            self.view = transforms.RandomResizedCrop(size, args.crop_scale)
+            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
+        else:
+            resized = size if size < SMALL else size * 8 // 7  # 256 for 224
+            self.cut = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
 
     def __getitem__(self, i):
         image = read_image(self.paths[i])
-        views = [self.view(image) for _ in range(self.views)]
+        views = [self.cut(image) for _ in range(self.num_views)]
         return torch.stack([pil_to_tensor(view) for view in views])
 
 
@@ -632,12 +638,12 @@ def standardize(images):
 
 
 def weak_view(crops, args):
-    """Crops [b, 3, S, S] in 0..1 -> what the target encoder sees."""
+    """Crops [b, 3, S, S] in 0..1 -> weak views."""
     return standardize(flip_and_rotate(crops, args))
 
 
 def strong_view(crops, args):
-    """Crops [b, 3, S, S] in 0..1 -> what the online encoder sees."""
+    """Crops [b, 3, S, S] in 0..1 -> strong views: with other colours, too."""
     images = color_jitter(flip_and_rotate(crops, args), *args.jitter)
     if args.gray > 0:
         images = torch.where(uniform(images, 0, 1) < args.gray, rgb_to_grayscale(images), images)
@@ -656,8 +662,8 @@ def check_data(args, train, test, world_size):
         raise SystemExit(f"{n} training images are too few")
     if args.batch_size > n:
         batch = world_size * max(2, n // 4 // world_size)  # some four steps an epoch
-        fitting = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
-        raise SystemExit(f"--batch-size is above the {n} training images; these fit: {fitting}")
+        smaller = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
+        raise SystemExit(f"--batch-size is above the {n} training images; try {smaller}")
     labelled = (train.labels >= 0).sum().item()
     tested = (test.labels >= 0).sum().item()
     lines = [f"{n} training images ({labelled} labelled), {tested} labelled test images"]
@@ -675,8 +681,8 @@ def check_data(args, train, test, world_size):
 @torch.no_grad()
 def embed(backbone, data, indices, rank, world_size):
     """Features [n, width], of unit norm, of the images with these indices [n], on all processes."""
-    share = math.ceil(len(indices) / world_size)  # equal, for gather: what is too much wraps around
-    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)
+    share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
+    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)  # the last wrap around
     amp = data.args.amp and data.device.type == "cuda"
     features = []
     backbone.eval()
@@ -710,7 +716,7 @@ def knn_accuracy(backbone, train, test, rank, world_size):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """For steps 1, 2, ...: linear up to lr, then a cosine from lr (once more) towards 0."""
+    """For steps 1, 2, ...: linear warm-up to lr, then a cosine from lr towards 0."""
     warmup = args.warmup_epochs * steps_per_epoch
     if step <= warmup:
         return args.lr * step / warmup
@@ -722,10 +728,10 @@ def save(content, path):
     """Write a file whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.with_suffix(".tmp").write_bytes(
-        buffer.getbuffer()
-    )  # OSError if the disk is full; torch's own is not
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    # torch.save to a full disk raises RuntimeError; this raises OSError, of which main tells.
+    temporary.write_bytes(buffer.getbuffer())
+    os.replace(temporary, path)
 
 
 def resume(path, args, n, model, optimizer):
@@ -738,7 +744,7 @@ def resume(path, args, n, model, optimizer):
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        fault = f"{path} is of another script or sizes (--arch, --stem, --bank-size, ...)"
+        fault = f"{path} is of another script, or --arch, --stem, --bank-size, --labels, ..."
         raise SystemExit(f"{fault}: choose a new --run-name") from error
     model.bank.pushed = state["pushed"]
     given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
@@ -830,9 +836,11 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        parallel_model.broadcast_buffers = False  # from now on: all fill the same bank
+        # It has sent the first process's buffers to all. From now on each process keeps its own:
+        # all of them push the same rows into their banks.
+        parallel_model.broadcast_buffers = False
     if rank == 0:
-        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
+        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)  # makes it
         writer.add_text("args", str(args))
         lines.append(f"training on {world_size} x {device.type}, writing to {folder}")
         print(*lines, sep="\n", flush=True)
@@ -872,7 +880,8 @@ def main(args):
             history.append(torch.stack([loss.detach(), *metrics.values()]))
             if (i + 1) % args.log_every != 0 and i + 1 < steps_per_epoch:
                 continue
-            # From here on the host waits for the device. A NaN of one process is in all weights.
+            # From here on the host waits for the device. All processes stop together, as a NaN of
+            # one is in the weights of all.
             if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
                 raise SystemExit(f"loss or weights not finite: step {step}, lr {lr:g}; lower --lr")
             if rank == 0:
@@ -901,8 +910,7 @@ def main(args):
     knn = measure_knn(args.epochs)
     if rank == 0:
         writer.close()
-        if knn is not None:
-            print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
+        print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
     if world_size > 1:
         dist.destroy_process_group()
     return {"loss": loss.item(), "knn": knn, "checkpoint": str(folder / "last.pt")}

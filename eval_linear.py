@@ -564,7 +564,9 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        split = slice(None, -360) if is_train else slice(-360, None)  # written by other people
+        split = (
+            slice(None, -360) if is_train else slice(-360, None)
+        )  # the last are by other writers
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
         return images.expand(-1, 3, -1, -1), None, digits.target[split]
@@ -598,7 +600,7 @@ def list_files(root, is_train, need_classes):
         pairs = zip(names, class_names)
         class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
     classes = []
-    if (root / "train").is_dir():  # which numbers the classes of val/, too
+    if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     no_classes = ("unlabelled", "unlabeled")
     classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
@@ -625,8 +627,9 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
+            # 16-bit gray has the mode I;16; older Pillow opens PNG and PPM in 32 bits, as I.
             held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
-            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray in any Pillow
+            if held_in_32 or image.mode.startswith("I;16"):
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
@@ -641,16 +644,17 @@ class ImageFiles(Dataset):
 
     def __init__(self, paths, args, crops):
         self.paths = paths
-        self.views = max(1, crops)
+        self.num_views = max(1, crops)
         size = args.image_size
-        resized = size if size < SMALL else size * 8 // 7  # 256 for 224
-        self.view = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
         if crops > 0:
-            self.view = transforms.RandomResizedCrop(size, args.crop_scale)
+            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
+        else:
+            resized = size if size < SMALL else size * 8 // 7  # 256 for 224
+            self.cut = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
 
     def __getitem__(self, i):
         image = read_image(self.paths[i])
-        views = [self.view(image) for _ in range(self.views)]
+        views = [self.cut(image) for _ in range(self.num_views)]
         return torch.stack([pil_to_tensor(view) for view in views])
 
 
@@ -726,6 +730,7 @@ def listed_images(path, data):
         raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
+    # A line is the end of a path, perhaps only the file's name: look that up, and compare the ends.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")

@@ -12,8 +12,9 @@ from a memory bank M of past target embeddings. norm(x) = x / ||x||.
     mixed    z_j = lam M_j + (1 - lam) u, for the k rows M_j nearest to u; lam ~ U(0, 1), one number
     loss     mean of (2 - 2 q . u) + mean of (2 - 2 q . z_j)
 
-averaged with the same for the views exchanged, with a new lam, whose u are not pushed. No row is of
-the same step, so that u is no neighbour of its own; a false one does less harm when mixed with u.
+averaged with the loss for the views exchanged (with a new lam; only the weak view's u is pushed).
+M holds earlier steps alone, so u is no neighbour of its own. A wrong neighbour does less harm when
+it is mixed with u. Each process draws its own lam.
 
     python mnn.py                                                  # digits, on a CPU or a GPU
     python mnn.py --dataset small-folder --data-dir photos         # pictures without labels
@@ -68,7 +69,7 @@ class Args:
     image_size: int = 16  # side of a view in pixels; below 96, files are kept in memory
     crop_scale: tuple[float, float] = (0.6, 1.0)  # least and largest share of the area
     flip: float = 0.0  # probability of a horizontal flip
-    weak_flip: float | None = None  # that of the weak view, if it is another
+    weak_flip: float | None = None  # that of the weak view; None: as --flip
     rotation: float = 10.0  # largest rotation, in degrees
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.0, 0.0)  # strong view's colour jitter
     gray: float = 0.0  # probability that the strong view is gray
@@ -86,12 +87,12 @@ class Args:
     weight_decay: float = 2e-3  # of SGD
 
     hidden: int = 1024  # hidden units of projector and predictor
-    bn_splits: int = 1  # parts of the batch, each with the backbone's BatchNorm by itself
+    bn_splits: int = 1  # parts of a batch; the backbone's BatchNorm treats each by itself
 
     # mixed nearest neighbours
     topk: int = 20  # neighbours k of an image
     lam: Literal["random"] | float = "random"  # share of neighbours in the mix: 0 to 1, or drawn
-    weighting: bool = True  # add the loss over the target itself
+    weighting: bool = True  # add the loss over the target itself, for its full weight
     symmetric: bool = True  # average with the loss for the views exchanged
     renormalize_mix: bool = False  # give the mix unit norm
     bank_size: int = 1024  # rows of the memory bank M
@@ -99,12 +100,12 @@ class Args:
 
 
 # fmt: off
-IMAGENET = Args(  # that of MSF, with MNN's heads: ours
+IMAGENET = Args(  # ours: MSF's recipe, with the heads and k of MNN
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, hidden=2048, topk=5,
     bank_size=1_024_000)
-CIFAR10 = replace(  # this and the next: section 4 of the paper
+CIFAR10 = replace(  # section 4 of the paper; so is what it takes from above, and STL10
     IMAGENET, dataset="cifar10", image_size=32, weak_flip=0.9, arch="resnet18", stem="small",
     lr=0.06, warmup_epochs=5.0, weight_decay=5e-4, bn_splits=8, bank_size=4096)
 STL10 = replace(
@@ -147,7 +148,7 @@ def check_args(args, world_size):
     if args.lam != "random" and not 0 <= args.lam <= 1:
         raise SystemExit("--lam: need random, or a number from 0 to 1")
     if not args.topk <= args.batch_size <= args.bank_size:
-        raise SystemExit("need --topk <= --batch-size (the first rows) <= --bank-size")
+        raise SystemExit("need --topk <= --batch-size (rows of the first step) <= --bank-size")
 
 
 # ======== method: mixed nearest neighbours ========
@@ -160,7 +161,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(size, dim))
         self.register_buffer("labels", torch.full((size,), -1))
-        self.pushed = 0  # rows ever pushed: on the host, so that no step waits for the device
+        # Rows ever pushed: on the host, so that no step waits for the device. main saves it.
+        self.pushed = 0
 
     def __len__(self):
         return min(self.pushed, len(self.labels))
@@ -188,20 +190,21 @@ def mix_neighbors(targets, neighbors, lam):
     return lam * neighbors + (1 - lam) * targets[:, None]
 
 
-@torch.autocast("cuda", enabled=False)  # likewise
+@torch.autocast("cuda", enabled=False)  # in float32, too
 def mean_shift_loss(queries, neighbors):
     """Mean of 2 - 2 q . M_j: queries [b, D], neighbors [b, k, D], of any norm (mixes)."""
     return (2 - 2 * torch.einsum("bd,bkd->bk", queries, neighbors)).mean()
 
 
 def mnn_loss(queries, targets, mixed):
-    """The loss over the targets [b, D] themselves, and that over the mixes [b, k, D]."""
+    """The loss over the targets [b, D] plus that over the mixes [b, k, D]: without renormalising,
+    lam (the loss over the neighbours) + (2 - lam) (the loss over the targets)."""
     return mean_shift_loss(queries, targets[:, None]) + mean_shift_loss(queries, mixed)
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BatchNorm of equal parts of a batch, each by itself, as on so many GPUs. The running
-    statistics are the mean of theirs."""
+    """BatchNorm that normalises equal parts of a batch separately, as if each were on its own GPU.
+    The running statistics are the mean over the parts."""
 
     def __init__(self, num_features, splits):
         super().__init__(num_features)
@@ -244,7 +247,7 @@ class MNN(nn.Module):
         """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
         averages = list(self.target.parameters())
         weights = list(self.online.parameters())
-        get_ema_multi_avg_fn(self.ema)(averages, weights, None)  # without gradient
+        get_ema_multi_avg_fn(self.ema)(averages, weights, None)  # None: a count that it ignores
 
     def embed_queries(self, view):
         """q [b, D] of a view [b, 3, S, S]."""
@@ -252,8 +255,8 @@ class MNN(nn.Module):
 
     @torch.no_grad()
     def embed_targets(self, view):
-        """u [b, D]. The batch is shuffled, so that it falls into other parts of BatchNorm than for
-        the queries, and is put back."""
+        """u [b, D] of a view. The batch is shuffled within the process and put back: an image then
+        shares its part of BatchNorm with other images than for its query."""
         order = torch.randperm(len(view), device=view.device)
         targets = self.target(view[order])[order.argsort()]
         return F.normalize(targets.float(), dim=1)
@@ -280,7 +283,7 @@ class MNN(nn.Module):
 
     def forward(self, weak, strong, labels):
         """Views [b, 3, S, S] -> loss, and metrics to log. Labels [b] only measure the purity."""
-        # One view at a time, for BatchNorm: weak, then strong.
+        # One view at a time: BatchNorm must not mix them. The weak one first, as the authors do.
         if self.symmetric:
             weak_queries = self.embed_queries(weak)
         strong_queries = self.embed_queries(strong)
@@ -360,7 +363,9 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        split = slice(None, -360) if is_train else slice(-360, None)  # written by other people
+        split = (
+            slice(None, -360) if is_train else slice(-360, None)
+        )  # the last are by other writers
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
         return images.expand(-1, 3, -1, -1), None, digits.target[split]
@@ -394,7 +399,7 @@ def list_files(root, is_train, need_classes):
         pairs = zip(names, class_names)
         class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
     classes = []
-    if (root / "train").is_dir():  # which numbers the classes of val/, too
+    if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     no_classes = ("unlabelled", "unlabeled")
     classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
@@ -421,8 +426,9 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
+            # 16-bit gray has the mode I;16; older Pillow opens PNG and PPM in 32 bits, as I.
             held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
-            if held_in_32 or image.mode.startswith("I;16"):  # 16-bit gray in any Pillow
+            if held_in_32 or image.mode.startswith("I;16"):
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
@@ -437,16 +443,17 @@ class ImageFiles(Dataset):
 
     def __init__(self, paths, args, crops):
         self.paths = paths
-        self.views = max(1, crops)
+        self.num_views = max(1, crops)
         size = args.image_size
-        resized = size if size < SMALL else size * 8 // 7  # 256 for 224
-        self.view = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
         if crops > 0:
-            self.view = transforms.RandomResizedCrop(size, args.crop_scale)
+            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
+        else:
+            resized = size if size < SMALL else size * 8 // 7  # 256 for 224
+            self.cut = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
 
     def __getitem__(self, i):
         image = read_image(self.paths[i])
-        views = [self.view(image) for _ in range(self.views)]
+        views = [self.cut(image) for _ in range(self.num_views)]
         return torch.stack([pil_to_tensor(view) for view in views])
 
 
@@ -612,12 +619,12 @@ def standardize(images):
 
 
 def weak_view(crops, args):
-    """Crops [b, 3, S, S] in 0..1 -> what the target encoder sees."""
+    """Crops [b, 3, S, S] in 0..1 -> weak views."""
     return standardize(flip_and_rotate(crops, args))
 
 
 def strong_view(crops, args):
-    """Crops [b, 3, S, S] in 0..1 -> what the online encoder sees."""
+    """Crops [b, 3, S, S] in 0..1 -> strong views: with other colours, too."""
     images = color_jitter(flip_and_rotate(crops, args), *args.jitter)
     if args.gray > 0:
         images = torch.where(uniform(images, 0, 1) < args.gray, rgb_to_grayscale(images), images)
@@ -636,8 +643,8 @@ def check_data(args, train, test, world_size):
         raise SystemExit(f"{n} training images are too few")
     if args.batch_size > n:
         batch = world_size * max(2, n // 4 // world_size)  # some four steps an epoch
-        fitting = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
-        raise SystemExit(f"--batch-size is above the {n} training images; these fit: {fitting}")
+        smaller = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
+        raise SystemExit(f"--batch-size is above the {n} training images; try {smaller}")
     labelled = (train.labels >= 0).sum().item()
     tested = (test.labels >= 0).sum().item()
     lines = [f"{n} training images ({labelled} labelled), {tested} labelled test images"]
@@ -655,8 +662,8 @@ def check_data(args, train, test, world_size):
 @torch.no_grad()
 def embed(backbone, data, indices, rank, world_size):
     """Features [n, width], of unit norm, of the images with these indices [n], on all processes."""
-    share = math.ceil(len(indices) / world_size)  # equal, for gather: what is too much wraps around
-    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)
+    share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
+    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)  # the last wrap around
     amp = data.args.amp and data.device.type == "cuda"
     features = []
     backbone.eval()
@@ -690,7 +697,7 @@ def knn_accuracy(backbone, train, test, rank, world_size):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """For steps 1, 2, ...: linear up to lr, then a cosine from lr (once more) towards 0."""
+    """For steps 1, 2, ...: linear warm-up to lr, then a cosine from lr towards 0."""
     warmup = args.warmup_epochs * steps_per_epoch
     if step <= warmup:
         return args.lr * step / warmup
@@ -702,10 +709,10 @@ def save(content, path):
     """Write a file whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.with_suffix(".tmp").write_bytes(
-        buffer.getbuffer()
-    )  # OSError if the disk is full; torch's own is not
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    # torch.save to a full disk raises RuntimeError; this raises OSError, of which main tells.
+    temporary.write_bytes(buffer.getbuffer())
+    os.replace(temporary, path)
 
 
 def resume(path, args, n, model, optimizer):
@@ -718,7 +725,7 @@ def resume(path, args, n, model, optimizer):
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        fault = f"{path} is of another script or sizes (--arch, --stem, --bank-size, ...)"
+        fault = f"{path} is of another script, or --arch, --stem, --bank-size, --labels, ..."
         raise SystemExit(f"{fault}: choose a new --run-name") from error
     model.bank.pushed = state["pushed"]
     given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
@@ -803,7 +810,7 @@ def main(args):
     networks = (model.online, model.predictor, model.target)
     if world_size > 1 and on_gpu:
         synchronised = networks
-        if args.bn_splits > 1:  # parts need nothing from other processes
+        if args.bn_splits > 1:  # the backbone's parts lie within a process: the heads alone
             synchronised = (model.online[1], model.predictor, model.target[1])
         for network in synchronised:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
@@ -826,9 +833,11 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        parallel_model.broadcast_buffers = False  # from now on: all fill the same bank
+        # It has sent the first process's buffers to all. From now on each process keeps its own:
+        # all of them push the same rows into their banks.
+        parallel_model.broadcast_buffers = False
     if rank == 0:
-        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
+        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)  # makes it
         writer.add_text("args", str(args))
         lines.append(f"training on {world_size} x {device.type}, writing to {folder}")
         print(*lines, sep="\n", flush=True)
@@ -868,7 +877,8 @@ def main(args):
             history.append(torch.stack([loss.detach(), *metrics.values()]))
             if (i + 1) % args.log_every != 0 and i + 1 < steps_per_epoch:
                 continue
-            # From here on the host waits for the device. A NaN of one process is in all weights.
+            # From here on the host waits for the device. All processes stop together, as a NaN of
+            # one is in the weights of all.
             if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
                 raise SystemExit(f"loss or weights not finite: step {step}, lr {lr:g}; lower --lr")
             if rank == 0:
@@ -895,8 +905,7 @@ def main(args):
     knn = measure_knn(args.epochs)
     if rank == 0:
         writer.close()
-        if knn is not None:
-            print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
+        print(f"To evaluate this run: python eval_linear.py --checkpoint {folder / 'last.pt'}")
     if world_size > 1:
         dist.destroy_process_group()
     return {"loss": loss.item(), "knn": knn, "checkpoint": str(folder / "last.pt")}
