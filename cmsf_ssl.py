@@ -576,7 +576,8 @@ def random_crop(images, args):
 
 
 def flip_and_rotate(images, args):
-    """Mirror each image with probability args.flip, and turn it by up to args.rotation degrees."""
+    """Mirror each image with probability args.flip, and turn it by up to args.rotation degrees;
+    the corners that this leaves open are black, as in torchvision."""
     images = torch.where(uniform(images, 0, 1) < args.flip, images.flip(3), images)
     if args.rotation == 0:
         return images
@@ -585,7 +586,7 @@ def flip_and_rotate(images, args):
     matrix = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
     matrices = torch.stack(matrix, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def shift_hue(images, shift):

@@ -5,7 +5,8 @@
 """Judge the backbone of a checkpoint: k-NN and a linear probe on frozen features, or fine-tuning.
 
     features     the backbone's pooled output, in eval mode, of images as they are tested
-    k-NN         the k nearest training images (cosine) vote: k = 1, 20 and, weighted, 200
+    k-NN         the nearest training images (cosine) vote: 1; 20, or as many as a class has on
+                 average; 200, weighted
     linear       a linear layer on frozen features of random crops, by one of two PROTOCOLS:
                  raw for CIFAR, STL-10 and Tiny ImageNet, scaled for all others
     fine-tuned   backbone, projector and a linear layer, all trained
@@ -61,16 +62,15 @@ class Args:
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
     labels: str | None = None  # images that vote and train: 1pct to 100pct, or a list of files
-    label_seed: int = 0  # which images have the labels; the same as in cmsf_semi.py
+    label_seed: int | None = None  # which images have the labels; the same as in cmsf_semi.py
 
     # network and views
     arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # backbone
     # imagenet: 7x7/2, max-pool; small: 3x3; small-pool: 3x3, max-pool; small-stride: 3x3/2
     stem: Literal["imagenet", "small", "small-pool", "small-stride"] | None = None
     image_size: int | None = None  # side of an image in pixels; below 96, files are kept in memory
-    crop_scale: tuple[float, float] | None = (
-        None  # least and largest share of the area, in training
-    )
+    # least and largest share of the area of a crop, in training
+    crop_scale: tuple[float, float] | None = None
     flip: float | None = None  # probability of a horizontal flip, in training
     rotation: float | None = None  # largest rotation in training, in degrees
 
@@ -86,8 +86,8 @@ class Args:
 
 # fmt: off
 AT_224 = Args(
-    data_dir="data", image_size=224, arch="resnet50", stem="imagenet", protocol="scaled",
-    crop_scale=(0.08, 1.0), flip=0.5, rotation=0.0)
+    data_dir="data", label_seed=0, image_size=224, arch="resnet50", stem="imagenet",
+    protocol="scaled", crop_scale=(0.08, 1.0), flip=0.5, rotation=0.0)
 AT_32 = replace(AT_224, image_size=32, arch="resnet18", stem="small", protocol="raw")
 AT_64 = replace(AT_32, image_size=64, stem="small-pool")
 RECIPES = {
@@ -134,17 +134,17 @@ def complete_args(args, run):
         raise SystemExit(f"{fault}, one of {', '.join(RECIPES)}")
     from_run = ["arch", "stem"]
     if run.get("dataset") == dataset:
-        from_run += ["data_dir", "flip", "rotation"]
+        from_run += ["data_dir", "flip", "rotation", "label_seed"]
         if dataset != "stl10":
             from_run.append("image_size")
 
-    values = {"dataset": dataset}
-    for name, value in vars(args).items():
+    values = {**vars(args), "dataset": dataset}
+    for name, value in values.items():
         if value is None and name in from_run:
             value = run.get(name)
         if value is None:
             value = getattr(RECIPES[dataset], name)
-        values.setdefault(name, value)
+        values[name] = value
     if args.baseline == "raw" and args.protocol is None:
         values["protocol"] = "scaled"  # pixels are no features to train on with a rate of 30
     protocol = PROTOCOLS["fine-tuned" if args.fine_tune else values["protocol"]]
@@ -188,15 +188,21 @@ class Pixels(nn.Module):
         return F.adaptive_avg_pool2d(images, min(32, images.shape[3])).flatten(1)
 
 
+def labelled(data):
+    """Indices of the images with a label."""
+    return (data.labels >= 0).nonzero().squeeze(1).cpu()
+
+
 @torch.no_grad()
 def outputs(network, data, indices, rank, world_size):
     """What a network in eval mode gives, [n, ...], for the images with these indices [n] as they
     are tested. The processes share the work, and all get all of it."""
     network.eval()
     n = len(indices)
-    size = min(256, math.ceil(n / world_size))  # of a batch of a process
+    size = min(256, math.ceil(n / world_size))  # of a process's batch
     rounds = math.ceil(n / (size * world_size))
     wrapped = indices[torch.arange(rounds * world_size * size) % n]
+    # In each round every process has one batch; gathered, they are in the order of the indices.
     own = wrapped.view(rounds, world_size, size)[:, rank]
     result = None
     start = 0
@@ -204,11 +210,10 @@ def outputs(network, data, indices, rank, world_size):
         if images.shape[3] != data.args.image_size:
             side = [data.args.image_size] * 2
             images = F.interpolate(images, side, mode="bilinear", antialias=True)
-        part = gather(network(images))[: n - start]  # less what was wrapped
-        if result is None:
-            result = torch.empty(
-                n, *part.shape[1:], device=part.device
-            )  # so that none is held twice
+        part = gather(network(images))[: n - start]  # without what was wrapped
+        if result is None:  # filled in place: a list and torch.cat would hold all twice
+            shape = (n, *part.shape[1:])
+            result = torch.empty(shape, device=part.device)
         result[start : start + len(part)] = part
         start += len(part)
     return result
@@ -262,7 +267,13 @@ class LinearProbe(nn.Module):
 
 def fit(network, train, images, protocol, args, rank, world_size):
     """Train those weights of a network that need a gradient, on the images with these indices [n].
-    BatchNorm works as network.training says. Raises SystemExit if the loss is not finite."""
+    Raises SystemExit for batches that are too small, and if the loss is not finite."""
+    share = math.ceil(len(images) / world_size)  # images of each process
+    steps = math.ceil(share * world_size / args.batch_size)
+    least = 2 if network.training else 1  # BatchNorm needs two images
+    if share // steps < least:
+        fault = f"a step needs {least} or more images for each process"
+        raise SystemExit(f"{fault}: raise --batch-size, or label more images")
     parallel = network
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(network)
@@ -273,17 +284,17 @@ def fit(network, train, images, protocol, args, rank, world_size):
         weight_decay=protocol.weight_decay,
         nesterov=protocol.nesterov,
     )
-    milestones = [round(epoch * args.epochs / protocol.epochs) for epoch in protocol.milestones]
+    shortened = args.epochs / protocol.epochs
+    milestones = [max(1, round(epoch * shortened)) for epoch in protocol.milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    share = math.ceil(len(images) / world_size)
-    steps = math.ceil(share * world_size / args.batch_size)
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed(args.seed * 1_000_000 + epoch)
         order = images[torch.randperm(len(images), generator=generator)]
+        # As many for each process: the first images fill up what is missing.
         own = order[torch.arange(rank, share * world_size, world_size) % len(images)]
-        own = own.tensor_split(steps)  # all about as long: BatchNorm needs two images
+        batches = own.tensor_split(steps)  # equal parts: a last one of one image fails in BatchNorm
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
-        for indices, (crops,) in zip(own, train.batches(own, crops=1)):
+        for indices, (crops,) in zip(batches, train.batches(batches, crops=1)):
             scores = parallel(flip_and_rotate(crops, args))
             loss = F.cross_entropy(scores, train.labels[indices])
             optimizer.zero_grad()
@@ -292,50 +303,43 @@ def fit(network, train, images, protocol, args, rank, world_size):
         schedule.step()
         if not loss.isfinite():
             raise SystemExit(f"the loss is not finite in epoch {epoch + 1}: lower --lr {args.lr:g}")
-        if rank == 0 and (epoch + 1) % 10 == 0:
+        if rank == 0:
             print(f"epoch {epoch + 1}/{args.epochs}  loss {loss.item():.4f}", flush=True)
     if world_size > 1:
-        for buffer in network.buffers():  # without SyncBatchNorm, each process has its own
+        for buffer in network.buffers():  # DDP sends them before each step: this is after the last
             dist.broadcast(buffer, 0)
 
 
-def accuracy(predictions, labels):
-    """Percent of the predictions [n] that are right."""
-    return 100 * (predictions == labels).double().mean().item()
+def unit_features(encoder, data, indices, rank, world_size):
+    """Features [n, width], of unit norm, of the images with these indices [n]."""
+    features = outputs(encoder, data, indices, rank, world_size)
+    return F.normalize(features, dim=1, out=features)  # in place: those of ImageNet take 10 GB
 
 
 def judge_frozen(encoder, train, test, args, rank, world_size):
-    """Accuracies of k-NN and a linear layer on frozen features, and a picture of neighbours. Where
-    no image is labelled, there are only neighbours to see."""
-    tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
-    voters = (train.labels >= 0).nonzero().squeeze(1).cpu()
-    is_labelled = len(voters) > 0 and len(tested) > 0
-    shown = test  # whose images the picture shows, each with its neighbours
-    if not is_labelled:
-        voters = torch.arange(len(train.labels))
-        if len(test.labels) == 0:
-            shown = train
-        tested = torch.arange(len(shown.labels))
-
-    features = outputs(encoder, train, voters, rank, world_size)  # [N, width]
-    F.normalize(features, dim=1, out=features)  # in place: those of ImageNet take 10 GB
-    queries = F.normalize(outputs(encoder, shown, tested, rank, world_size), dim=1)
+    """Accuracies, in percent, of k-NN and of a linear layer on frozen features, and a picture of
+    neighbours."""
+    voters = labelled(train)
+    tested = labelled(test)
+    labels = train.labels[voters]
+    answers = test.labels[tested]
+    features = unit_features(encoder, train, voters, rank, world_size)
+    queries = unit_features(encoder, test, tested, rank, world_size)
     if not queries.isfinite().all():
         raise SystemExit("the features are not finite")
-    dozen = torch.linspace(0, len(tested) - 1, min(12, len(tested))).long()
-    nearest = nearest_neighbors(queries[dozen], features, min(10, len(voters))).cpu()
-    picture = draw_neighbors(train, shown, tested[dozen], voters[nearest])
-    if not is_labelled:
-        return {}, picture
+    dozen = a_dozen(tested)
+    picture = draw_neighbors(train, test, voters, tested[dozen], features, queries[dozen])
 
-    labels = train.labels[voters]
-    num_classes = 1 + max(train.labels.max().item(), test.labels.max().item())
-    class_size = math.ceil(len(voters) / num_classes)  # more votes would be of other classes
+    num_classes = 1 + max(labels.max().item(), answers.max().item())
+    class_size = math.ceil(len(voters) / num_classes)  # further neighbours are of other classes
     predictions = {
         "1-NN": knn_predict(queries, features, labels, 1),
         "20-NN": knn_predict(queries, features, labels, min(20, class_size)),
         "200-NN": knn_predict(queries, features, labels, min(200, len(voters)), temperature=0.1),
     }
+    results = {judge: percent(found == answers) for judge, found in predictions.items()}
+    if rank == 0:
+        print(results, flush=True)  # a linear layer takes much longer
     if args.epochs > 0:
         mean = None
         std = None
@@ -346,45 +350,72 @@ def judge_frozen(encoder, train, test, args, rank, world_size):
         del features
         probe = LinearProbe(encoder, width, num_classes, mean, std).to(labels.device)
         fit(probe, train, voters, PROTOCOLS[args.protocol], args, rank, world_size)
-        predictions["linear"] = outputs(probe, test, tested, rank, world_size).argmax(dim=1)
-    answers = test.labels[tested]
-    return {judge: accuracy(found, answers) for judge, found in predictions.items()}, picture
+        predicted = outputs(probe, test, tested, rank, world_size).argmax(dim=1)
+        results["linear"] = percent(predicted == answers)
+    return results, picture
 
 
 def judge_fine_tuned(network, train, test, args, rank, world_size):
-    """Accuracy of a linear layer on encoder and projector, after training the weights of all."""
-    labelled = (train.labels >= 0).nonzero().squeeze(1).cpu()
-    tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
-    if len(labelled) == 0 or len(tested) == 0:
-        raise SystemExit("to fine-tune, need labelled images for training and for testing")
-    num_classes = 1 + max(train.labels.max().item(), test.labels.max().item())
-    width = outputs(network, train, labelled[:2], rank, world_size).shape[1]
-    network = nn.Sequential(network, nn.Linear(width, num_classes)).to(train.labels.device)
-    if world_size > 1 and train.labels.is_cuda:
+    """Accuracy, in percent, of a linear layer on encoder and projector, after training all."""
+    images = labelled(train)
+    tested = labelled(test)
+    answers = test.labels[tested]
+    network = network.to(answers.device)
+    width = outputs(network, train, images[:2], rank, world_size).shape[1]
+    num_classes = 1 + max(train.labels.max().item(), answers.max().item())
+    network = nn.Sequential(network, nn.Linear(width, num_classes)).to(answers.device)
+    if world_size > 1 and answers.is_cuda:  # SyncBatchNorm needs GPUs
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
     network.train()
-    fit(network, train, labelled, PROTOCOLS["fine-tuned"], args, rank, world_size)
-    predictions = outputs(network, test, tested, rank, world_size).argmax(dim=1)
-    return {"fine-tuned": accuracy(predictions, test.labels[tested])}
+    fit(network, train, images, PROTOCOLS["fine-tuned"], args, rank, world_size)
+    predicted = outputs(network, test, tested, rank, world_size).argmax(dim=1)
+    return {"fine-tuned": percent(predicted == answers)}
 
 
-def draw_neighbors(train, test, rows, neighbors):
-    """A picture [3, H, W]: in each line a test image (indices rows [n]), then its neighbors [n, k]
-    in train, framed green if they have its class, red if not, and gray if one has no class."""
-    colors = torch.tensor([[0.0, 0.6, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
+def percent(right):
+    """Percent of True in a tensor."""
+    return 100 * right.double().mean().item()
+
+
+def show_neighbors(encoder, train, test, rank, world_size):
+    """A picture of neighbours where there are no labels. Without test images, it is of training
+    images, which are their own first neighbours."""
+    if len(test.labels) == 0:
+        test = train
+    every = torch.arange(len(train.labels))
+    shown = a_dozen(torch.arange(len(test.labels)))
+    features = unit_features(encoder, train, every, rank, world_size)
+    queries = unit_features(encoder, test, shown, rank, world_size)
+    return draw_neighbors(train, test, every, shown, features, queries)
+
+
+def a_dozen(items):
+    """Positions of 12 items, or of all, evenly spread."""
+    return torch.linspace(0, len(items) - 1, min(12, len(items))).long()
+
+
+def draw_neighbors(train, test, voters, shown, features, queries):
+    """A picture [3, H, W]: in each line an image of test (indices shown [n], with queries [n, D]),
+    and the 10 images of train nearest to it (of the indices voters [N], with features [N, D]),
+    framed green if they have its class, red if not, and gray if one has no class."""
+    nearest = nearest_neighbors(queries, features, min(10, len(voters))).cpu()
+    neighbors = voters[nearest]  # [n, 10]
+    white = torch.ones(3)
+    green, red, gray = torch.tensor([[0.0, 0.6, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
     tiles = []
-    for row, nearest in zip(rows.cpu(), neighbors.cpu()):
-        (query,) = next(iter(test.batches([row[None]], crops=0)))
-        (images,) = next(iter(train.batches([nearest], crops=0)))
-        label = test.labels[row]
-        for i, image in enumerate([*query, *images]):
-            color = 2
-            if i > 0 and label >= 0 and train.labels[nearest[i - 1]] >= 0:
-                color = 0 if train.labels[nearest[i - 1]] == label else 1
-            framed = colors[color].view(3, 1, 1).expand(3, 72, 72).clone()
+    queried = test.batches(shown[:, None], crops=0)
+    found = train.batches(neighbors, crops=0)
+    for row, nearest, (query,), (images,) in zip(shown, neighbors, queried, found):
+        label = test.labels[row].item()
+        colors = [white]
+        for other in train.labels[nearest].tolist():
+            if label < 0 or other < 0:
+                colors.append(gray)
+            else:
+                colors.append(green if other == label else red)
+        for color, image in zip(colors, [*query, *images]):
+            framed = color.view(3, 1, 1).repeat(1, 72, 72)
             framed[:, 4:-4, 4:-4] = F.interpolate(image[None].cpu(), 64)[0]
-            if i == 0:
-                framed = F.pad(framed[:, 4:-4, 4:-4], (4, 4, 4, 4), value=1.0)  # white
             tiles.append(framed)
     return make_grid(torch.stack(tiles), nrow=1 + neighbors.shape[1], padding=2, pad_value=1.0)
 
@@ -394,15 +425,16 @@ def draw_neighbors(train, test, rows, neighbors):
 
 
 OWN = "model.online.0."  # what the backbone's names begin with in a checkpoint of these scripts
-USUAL = ["", "encoder_q.", "backbone.", "teacher.backbone."]  # elsewhere, the best first
+USUAL = ["online.0.", "", "encoder_q.", "backbone.", "teacher.backbone."]  # the best first
 
 
 def read_file(path):
     """The content of a checkpoint. Raises SystemExit if it is damaged, or holds more than tensors,
     numbers, texts, and an argparse.Namespace."""
-    scalar, (dtype, _) = np.float64(0).__reduce__()  # the type and the function of numpy's pickles
-    allowed = [argparse.Namespace, np.dtype, type(dtype)]
-    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    scalar = np.float64(0).__reduce__()[0]  # what numpy's pickles call, by its name in numpy 1 or 2
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed += [type(np.dtype(kind)) for kind in ("bool", "int64", "float32", "float64")]
+    allowed += [np.dtype, argparse.Namespace]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -411,7 +443,7 @@ def read_file(path):
         reason = f"it holds a {found[1]}, which could run code" if found else "it is damaged"
         advice = "if you trust it, save its state_dict alone"
         raise SystemExit(f"{path} is refused: {reason}; {advice}") from error
-    except (OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged file can cause any
         reason = str(error).split("\n")[0] or "it is empty"
         raise SystemExit(f"{path} cannot be read: {reason}") from error
 
@@ -437,23 +469,29 @@ def drop_wrappers(tensors, path):
     return plain
 
 
+def below(tensors, start):
+    """Those whose names begin with start, without it."""
+    return {name[len(start) :]: x for name, x in tensors.items() if name.startswith(start)}
+
+
 def name_numbered(tensors):
     """Rename the children of ResNets that are numbered, as in MNN's files (net.net.0.weight), as
     torchvision does (net.net.conv1.weight)."""
     children = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
     renamed = dict(tensors)
     for first, tensor in tensors.items():
-        start = first.removesuffix("0.weight")
         sees_images = tensor.ndim == 4 and tensor.shape[1] == 3
         if not re.fullmatch(r"(.*\.)?0\.weight", first) or not sees_images:
             continue
-        inside = [name for name in tensors if re.match(rf"{re.escape(start)}\d+\.", name)]
-        numbers = sorted({int(name[len(start) :].split(".")[0]) for name in inside})
+        start = first.removesuffix("0.weight")
+        inside = [name for name in below(tensors, start) if re.match(r"\d+\.", name)]
+        numbers = sorted({int(name.split(".")[0]) for name in inside})
         child_of = dict(zip(numbers, children))  # ReLU and pooling have numbers, but no tensors
         for name in inside:
-            number, rest = name[len(start) :].split(".", 1)
+            number, rest = name.split(".", 1)
             if int(number) in child_of:
-                renamed[f"{start}{child_of[int(number)]}.{rest}"] = renamed.pop(name)
+                new_name = f"{start}{child_of[int(number)]}.{rest}"
+                renamed[new_name] = renamed.pop(start + name)
     return renamed
 
 
@@ -461,9 +499,9 @@ def find_prefix(tensors, path):
     """What the names of the one ResNet begin with, or of the best known one of several."""
     mark = "layer4.0.conv1.weight"
     found = sorted(name.removesuffix(mark) for name in tensors if name.endswith(mark))
-    for usual in [OWN, *USUAL]:
+    for usual in USUAL:
         for prefix in found:
-            if re.sub(r"\b(state_dict|model)\.", "", prefix) == usual.removeprefix("model."):
+            if re.sub(r"\b(state_dict|model)\.", "", prefix) == usual:
                 return prefix
     if len(found) != 1:
         holds = f"several ResNets, {found}" if found else f"no ResNet among {len(tensors)} tensors"
@@ -474,46 +512,67 @@ def find_prefix(tensors, path):
 def load_backbone(backbone, tensors, prefix, path):
     """Fill a backbone with the tensors whose names begin with prefix. Raises SystemExit, with their
     names, if some are missing, of another shape, or too many."""
-    expected = backbone.state_dict()
-    given = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
-    children = {name.split(".")[0] for name in expected}  # not a classifier or a projector
+    expected = {name: x.shape for name, x in backbone.state_dict().items()}
+    children = {name.split(".")[0] for name in expected}  # no classifier, no projector
+    given = below(tensors, prefix)
     given = {name: x for name, x in given.items() if name.split(".")[0] in children}
-    counters = [name for name in expected if name.endswith("num_batches_tracked")]  # of no use
-    given = {name: expected[name] for name in counters} | given
-    wrong = [name for name in expected if name not in given]
-    wrong += [name for name in given if name not in expected]
-    wrong += [
-        name for name, x in expected.items() if name in given and given[name].shape != x.shape
-    ]
+    shapes = {name: x.shape for name, x in given.items()}
+    wrong = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
+    # Old files lack the counters of BatchNorm, which are of no use here.
+    wrong = [name for name in wrong if name in given or not name.endswith("num_batches_tracked")]
     if wrong:
         fault = f"{path}: {len(wrong)} of {len(expected)} tensors do not fit, as {wrong[:3]}"
         raise SystemExit(f"{fault}; another --arch, --stem or --prefix?")
-    backbone.load_state_dict(given)
+    backbone.load_state_dict(given, strict=False)
 
 
-def load_projector(tensors, prefix):
+def load_projector(tensors, prefix, path):
     """The projector behind the backbone with this prefix: a list of Linear, BatchNorm1d and ReLU.
     It is online.1 for online.0, and fc elsewhere. The list may be empty."""
-    start = prefix.removesuffix("0.") + "1." if prefix.endswith("0.") else prefix + "fc."
-    numbered = [re.match(rf"{re.escape(start)}(\d+)\.weight$", name) for name in tensors]
+    start = prefix + "fc."
+    if prefix == OWN:
+        start = OWN.removesuffix("0.") + "1."
+    inside = below(tensors, start)
     layers = []
-    for number in sorted(int(match[1]) for match in numbered if match):
-        layer_start = f"{start}{number}."
-        state = {
-            name[len(layer_start) :]: x
-            for name, x in tensors.items()
-            if name.startswith(layer_start)
-        }
-        shape = state["weight"].shape
-        if len(shape) == 2:
+    for number in sorted({int(name.split(".")[0]) for name in inside if name[0].isdecimal()}):
+        state = below(inside, f"{number}.")
+        if state["weight"].ndim == 2:
             if layers:
                 layers.append(nn.ReLU())
-            layer = nn.Linear(shape[1], shape[0], bias="bias" in state)
+            out, width = state["weight"].shape
+            layer = nn.Linear(width, out, bias="bias" in state)
+        elif "running_mean" in state:
+            layer = nn.BatchNorm1d(len(state["weight"]))
         else:
-            layer = nn.BatchNorm1d(shape[0])
+            raise SystemExit(f"{path}: {start}{number} is neither Linear nor BatchNorm1d")
         layer.load_state_dict(state)
         layers.append(layer)
     return layers
+
+
+def load_encoder(args, content):
+    """Backbone and projector (a list of layers) from the content of args.checkpoint."""
+    backbone, _ = build_backbone(args.arch, args.stem)
+    tensors = drop_wrappers(named_tensors(content), args.checkpoint)
+    prefix = args.prefix
+    if is_own(content):
+        prefix = prefix or OWN
+    else:
+        tensors = name_numbered(tensors)
+    if prefix is None:
+        prefix = find_prefix(tensors, args.checkpoint)
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    load_backbone(backbone, tensors, prefix, args.checkpoint)
+    projector = []
+    if args.fine_tune:
+        projector = load_projector(tensors, prefix, args.checkpoint)
+    return backbone, projector, prefix
+
+
+def is_own(content):
+    """Is this a checkpoint of these scripts?"""
+    return isinstance(content, dict) and {"model", "pushed", "args"} <= content.keys()
 
 
 # ======== networks ========
@@ -797,7 +856,8 @@ def random_crop(images, args):
 
 
 def flip_and_rotate(images, args):
-    """Mirror each image with probability args.flip, and turn it by up to args.rotation degrees."""
+    """Mirror each image with probability args.flip, and turn it by up to args.rotation degrees;
+    the corners that this leaves open are black, as in torchvision."""
     images = torch.where(uniform(images, 0, 1) < args.flip, images.flip(3), images)
     if args.rotation == 0:
         return images
@@ -806,7 +866,7 @@ def flip_and_rotate(images, args):
     matrix = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
     matrices = torch.stack(matrix, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def standardize(images):
@@ -866,25 +926,16 @@ def main(args):
     content = {}
     if args.checkpoint is not None:
         content = read_file(args.checkpoint)
-    is_own = isinstance(content, dict) and isinstance(content.get("args"), dict)
-    args = complete_args(args, content["args"] if is_own else {})
-
+    args = complete_args(args, content["args"] if is_own(content) else {})
+    step = content["step"] if is_own(content) else 0
     torch.manual_seed(args.seed)
-    backbone, width = build_backbone(args.arch, args.stem)
     projector = []
     if args.baseline is None:
-        tensors = drop_wrappers(named_tensors(content), args.checkpoint)
-        tensors = name_numbered(tensors)
-        prefix = args.prefix
-        if prefix is None:
-            prefix = OWN if is_own else find_prefix(tensors, args.checkpoint)
-        load_backbone(backbone, tensors, prefix, args.checkpoint)
-        if args.fine_tune:
-            projector = load_projector(tensors, prefix)
+        backbone, projector, prefix = load_encoder(args, content)
         source = f"{args.arch} of {args.checkpoint}, tensors {prefix}*"
     else:
+        backbone, _ = build_backbone(args.arch, args.stem)
         source = f"baseline {args.baseline}"
-    step = content.get("step", 0) if is_own else 0
     del content
 
     on_gpu = torch.cuda.is_available()
@@ -910,22 +961,30 @@ def main(args):
         encoder = Pixels()
     else:
         encoder = Encoder(backbone, args.amp).to(device, memory_format=torch.channels_last)
+    num_voters = len(labelled(train))
+    num_tested = len(labelled(test))
+    can_judge = num_voters > 0 and num_tested > 0
     if rank == 0:
-        labelled = (train.labels >= 0).sum().item()
-        tested = (test.labels >= 0).sum().item()
         print(source)
-        print(f"{args.dataset}: {labelled} labelled training images, {tested} labelled test images")
+        print(f"{args.dataset}: {num_voters} labelled training images, {num_tested} of the test")
+        if args.fine_tune:
+            print(f"fine-tuning with a projector of {len(projector)} layers", flush=True)
     name = "eval" if args.baseline is None else f"eval-{args.baseline}"
+    results = {}
+    picture = None
     if args.fine_tune:
+        if not can_judge:
+            raise SystemExit("to fine-tune, need labelled images for training and for testing")
         name = f"{name}-fine-tuned"
         network = nn.Sequential(encoder, *projector)
         results = judge_fine_tuned(network, train, test, args, rank, world_size)
-        picture = None
-    else:
+    elif can_judge:
         results, picture = judge_frozen(encoder, train, test, args, rank, world_size)
+    else:
+        picture = show_neighbors(encoder, train, test, rank, world_size)
     if rank == 0:
-        for judge, accuracy in results.items():
-            print(f"{judge:>10} {accuracy:6.2f}%")
+        for judge, result in results.items():
+            print(f"{judge:>10} {result:6.2f}%")
         folder = Path("runs", f"{args.baseline}-{args.dataset}-{args.seed}")
         if args.checkpoint is not None:
             folder = Path(args.checkpoint).parent

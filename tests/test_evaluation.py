@@ -214,6 +214,12 @@ def test_a_run_brings_its_data_and_network():
     assert completed(run, checkpoint="last.pt", image_size=64).image_size == 64
 
 
+def test_the_labels_of_a_run_are_those_of_its_seed():
+    run = vars(dataclasses.replace(cmsf_semi.RECIPES["digits"], label_seed=3))
+    assert completed(run, checkpoint="last.pt").label_seed == 3
+    assert completed(run, checkpoint="last.pt", label_seed=4).label_seed == 4
+
+
 def test_stl10_is_judged_at_96_pixels():
     args = completed(vars(msf.RECIPES["stl10"]), checkpoint="last.pt")
     assert args.image_size == 96
@@ -245,6 +251,7 @@ def test_protocols(dataset):
         ({"baseline": "raw", "batch_size": 0}, "--batch-size must be above 0"),
         ({"baseline": "raw", "lr": math.nan}, "--lr must be above 0"),
         ({"baseline": "raw", "labels": "0pct"}, "--labels 0pct"),
+        ({"baseline": "random", "fine_tune": True, "batch_size": 1}, "a step needs 2 or more"),
         ({"baseline": "random", "dataset": "folder", "data_dir": "x"}, "cannot load folder"),
     ],
 )
@@ -368,11 +375,11 @@ def test_a_probe_leaves_the_encoder_as_it_is():
 def test_fine_tuning_keeps_the_projector():
     model = write_checkpoint()
     tensors = eval_linear.named_tensors(eval_linear.read_file("runs/a/last.pt"))
-    projector = nn.Sequential(*eval_linear.load_projector(tensors, eval_linear.OWN)).eval()
+    projector = nn.Sequential(*eval_linear.load_projector(tensors, eval_linear.OWN, "")).eval()
     features = torch.randn(5, 512)
     assert torch.equal(projector(features), model.online[1].eval()(features))
     in_fc = {f"encoder_q.fc.{name}": x for name, x in model.online[1].state_dict().items()}
-    other = nn.Sequential(*eval_linear.load_projector(in_fc, "encoder_q.")).eval()
+    other = nn.Sequential(*eval_linear.load_projector(in_fc, "encoder_q.", "")).eval()
     assert torch.equal(other(features), projector(features))
 
 
@@ -434,7 +441,11 @@ def test_results_are_printed_where_nothing_can_be_written(monkeypatch, capsys):
 def test_the_picture_frames_right_neighbors_green_and_wrong_ones_red():
     train = Data(torch.zeros(3, 3, 8, 8), torch.tensor([0, 1, -1]))
     test = Data(torch.ones(1, 3, 8, 8), torch.tensor([1]))
-    picture = eval_linear.draw_neighbors(train, test, torch.tensor([0]), torch.tensor([[0, 1, 2]]))
+    queries = torch.tensor([[1.0, 0.0]])
+    features = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])  # the nearest first
+    every = torch.arange(3)
+    shown = torch.tensor([0])
+    picture = eval_linear.draw_neighbors(train, test, every, shown, features, queries)
     frames = [picture[:, 3, x] for x in (3, 77, 151, 225)]  # a tile has 72 pixels and 2 to the next
     red, green, gray = (color.tolist() for color in frames[1:])
     assert red[0] > red[1] and green[1] > green[0] and gray[0] == gray[1]
@@ -479,6 +490,8 @@ def test_a_resnet50_of_torchvision_judges_images_of_224_pixels():
     given = {"checkpoint": "resnet50.pth", "dataset": "folder", "data_dir": "d", "num_workers": 0}
     results = evaluate(epochs=1, **given)
     assert set(results) == {"1-NN", "20-NN", "200-NN", "linear"}
+    fine_tuned = evaluate(epochs=1, fine_tune=True, **given)  # without a projector
+    assert set(fine_tuned) == {"fine-tuned"}
 
 
 def test_the_checkpoints_of_every_script_have_the_prefix():
