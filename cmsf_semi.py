@@ -101,7 +101,7 @@ IMAGENET = Args(  # section 4 of the paper, which also gives Args its topk, ema 
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, bank_size=128_000)
-CIFAR10 = replace(  # arXiv 2311.00562, whose authors ran MSF on small images: optimiser and bank
+CIFAR10 = replace(  # optimiser and bank of arXiv 2311.00562, which runs MSF on small images
     IMAGENET, dataset="cifar10", image_size=32, arch="resnet18", stem="small", lr=0.06,
     warmup_epochs=5.0, weight_decay=5e-4, bank_size=4096)
 STL10 = replace(  # of the same authors
@@ -213,8 +213,8 @@ class CMSF(nn.Module):
         self.bank = MemoryBank(bank_size, dim)  # M
         self.ema = ema
 
-        # An MLP on u; None if all labels are given. The first process trains it by itself: without
-        # gradients here, DDP and the optimiser leave it out, and main keeps SyncBatchNorm from it.
+        # An MLP on u; None if all labels are given. Only the first process trains it: here it needs
+        # no gradients, so that DDP and the optimiser leave it out, and main SyncBatchNorm.
         self.classifier = None
         num_cached = 0
         if (given_labels < 0).any():
@@ -254,12 +254,12 @@ class CMSF(nn.Module):
                 labels = torch.where((given < 0) & confident, predicted, given)
 
         # Push first: u is then in M, with its label, and is its own nearest row.
-        pushed = gather(targets)
-        images = gather(indices)
-        self.bank.enqueue(pushed, gather(labels), gather(true_labels))
+        all_targets = gather(targets)
+        all_indices = gather(indices)
+        self.bank.enqueue(all_targets, gather(labels), gather(true_labels))
         if self.classifier is not None:
-            self.cache[images] = pushed
-            self.cached.index_fill_(0, images, True)
+            self.cache[all_indices] = all_targets
+            self.cached.index_fill_(0, all_indices, True)
 
         size = len(self.bank)
         bank = self.bank.embeddings[:size]
@@ -273,7 +273,7 @@ class CMSF(nn.Module):
         metrics = {
             "purity": label_purity(nearest_labels, true_labels),
             "coverage": pseudo.sum() / (given < 0).sum(),  # NaN if all are given
-            "pseudo_accuracy": label_purity(pseudo_labels, true_labels),
+            "pseudo_accuracy": label_purity(pseudo_labels, true_labels),  # k = 1: an accuracy
             "spread": targets.std(dim=0).norm(),  # near 1: they point everywhere; 0: all are alike
         }
         return loss, metrics
@@ -366,9 +366,8 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        split = (
-            slice(None, -360) if is_train else slice(-360, None)
-        )  # the last are by other writers
+        # The last 360 are by other writers.
+        split = slice(None, -360) if is_train else slice(-360, None)
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
         return images.expand(-1, 3, -1, -1), None, digits.target[split]
@@ -400,7 +399,7 @@ def list_files(root, is_train, need_classes):
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
         pairs = zip(names, class_names)
-        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+        class_names = [listed.get(os.path.basename(name), folder) for name, folder in pairs]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
@@ -482,8 +481,9 @@ class ImageData:
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, crops):
-        """For each batch of indices [b] in order, a list of `crops` tensors [b, 3, S, S] in 0..1:
-        random crops or, for crops = 0, one with the images as they are tested, at their size."""
+        """For each batch of indices [b] in order, a list of `crops` random crops [b, 3, S, S] in
+        0..1; for crops = 0, of one tensor: the images as they are tested. Those of data sets that
+        lie in memory keep their own size."""
         if self.images is None:
             for images in self.read_files(order, crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -541,7 +541,8 @@ def listed_images(path, data):
         raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
-    # A line is the end of a path, perhaps only the file's name: look that up, and compare the ends.
+    # Look up the file's name first, for speed. Then compare ends from a "/" on, so that 1.jpg is
+    # not taken for 11.jpg.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")
@@ -731,9 +732,9 @@ def embed(backbone, data, indices, rank, world_size):
 
 
 def knn_accuracy(backbone, train, test, rank, world_size):
-    """Percent of the labelled test images whose class is the most frequent one among the 20 nearest
-    (or a class's mean size, if smaller) of at most 100,000 labelled training images. None if either
-    are missing."""
+    """k-NN accuracy, in percent, on the labelled test images; at most 100,000 labelled training
+    images vote. k is 20 or, if smaller, their mean number in a class. None if either are missing.
+    """
     voters = (train.labels >= 0).nonzero().squeeze(1).cpu()
     tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
     if len(voters) == 0 or len(tested) == 0:
@@ -782,13 +783,14 @@ def resume(path, args, n, model, optimizer):
     """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
     SystemExit if the number of images or the model is another."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("images", n) != n:
+    if state["images"] != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        fault = f"{path} is of another script, or --arch, --stem, --bank-size, --labels, ..."
+        sizes = "--arch, --stem, --bank-size or --labels"
+        fault = f"{path} is of another script, or has another {sizes}"
         raise SystemExit(f"{fault}: choose a new --run-name") from error
     model.bank.pushed = state["pushed"]
     given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
@@ -939,8 +941,8 @@ def main(args):
             history.append(torch.stack([loss.detach(), *metrics.values()]))
             if (i + 1) % args.log_every != 0 and i + 1 < steps_per_epoch:
                 continue
-            # From here on the host waits for the device. All processes stop together, as a NaN of
-            # one is in the weights of all.
+            # From here on the host waits for the device. A NaN of one process reaches all weights
+            # by the averaged gradients, so that all processes stop together.
             if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
                 raise SystemExit(f"loss or weights not finite: step {step}, lr {lr:g}; lower --lr")
             if rank == 0:

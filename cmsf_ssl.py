@@ -6,8 +6,8 @@
 
 An online encoder f with a predictor h learns from a target encoder g, the moving average of f.
 MSF pulls an image towards the rows of a memory bank M nearest to its target embedding u; being near
-already, they teach little. Here a second bank M', row by row of the same images as M, says which
-other rows are related: those near to u', another embedding of the image. norm(x) = x / ||x||.
+already, they teach little. CMSF also uses rows C that another embedding u' of the image finds: row
+j of a second bank M' is the u' of the image whose u is M_j. norm(x) = x / ||x||.
 
     target   u = norm(g(weak view)), which is pushed into M, and u' into M' with it
     query    q = norm(h(f(strong view)))
@@ -17,7 +17,8 @@ other rows are related: those near to u', another embedding of the image. norm(x
 
 --constraint previous-epoch   u' is the u that the image had one epoch before, at first u itself
              third-view       u' = norm(g(another weak view))
-             kmeans           C: the image's cluster, by k-means after each epoch; at first all rows
+             kmeans           C: the rows of the image's cluster, without u'; k-means runs after
+                              each epoch, and before the first time C is all rows
 
     python cmsf_ssl.py                                             # digits, on a CPU or a GPU
     python cmsf_ssl.py --dataset small-folder --data-dir photos    # pictures without labels
@@ -101,7 +102,7 @@ IMAGENET = Args(  # section 4 of the paper, which also gives Args its topk, ema 
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, bank_size=128_000)
-CIFAR10 = replace(  # arXiv 2311.00562, whose authors ran MSF on small images: optimiser and bank
+CIFAR10 = replace(  # optimiser and bank of arXiv 2311.00562, which runs MSF on small images
     IMAGENET, dataset="cifar10", image_size=32, arch="resnet18", stem="small", lr=0.06,
     warmup_epochs=5.0, weight_decay=5e-4, bank_size=4096)
 STL10 = replace(  # of the same authors
@@ -190,8 +191,9 @@ def nearest_neighbors(targets, bank, k):
 
 def constrained_neighbors(targets, bank, previous_targets, previous_bank, k, num_candidates):
     """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], u, nearest first, among
-    the num_candidates rows of previous_bank [M, D] nearest to previous_targets [b, D], u'."""
-    candidates = nearest_neighbors(previous_targets, previous_bank, num_candidates)  # [b, n]
+    C: the num_candidates rows of previous_bank [M, D], M', nearest to previous_targets [b, D], u'
+    (of the epoch before, or of a third view)."""
+    candidates = nearest_neighbors(previous_targets, previous_bank, num_candidates)  # C, [b, n]
     similarities = (targets[:, None] * bank[candidates]).sum(dim=2)  # [b, n], in float32
     best = similarities.topk(k, dim=1).indices
     return candidates.gather(1, best)
@@ -270,12 +272,12 @@ class CMSF(nn.Module):
                 others = torch.where(self.cached[indices, None], self.cache[indices], targets)
 
         # Push first: u is then in M, and is its own nearest row.
-        pushed = gather(targets)
-        images = gather(indices)
-        self.bank.enqueue(pushed, gather(others), gather(labels), images)
+        all_targets = gather(targets)
+        all_indices = gather(indices)
+        self.bank.enqueue(all_targets, gather(others), gather(labels), all_indices)
         if self.constraint != "third-view":
-            self.cache[images] = pushed
-            self.cached.index_fill_(0, images, True)
+            self.cache[all_indices] = all_targets
+            self.cached.index_fill_(0, all_indices, True)
 
         size = len(self.bank)
         bank = self.bank.embeddings[:size]
@@ -382,9 +384,8 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        split = (
-            slice(None, -360) if is_train else slice(-360, None)
-        )  # the last are by other writers
+        # The last 360 are by other writers.
+        split = slice(None, -360) if is_train else slice(-360, None)
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
         return images.expand(-1, 3, -1, -1), None, digits.target[split]
@@ -416,7 +417,7 @@ def list_files(root, is_train, need_classes):
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
         pairs = zip(names, class_names)
-        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+        class_names = [listed.get(os.path.basename(name), folder) for name, folder in pairs]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
@@ -498,8 +499,9 @@ class ImageData:
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, crops):
-        """For each batch of indices [b] in order, a list of `crops` tensors [b, 3, S, S] in 0..1:
-        random crops or, for crops = 0, one with the images as they are tested, at their size."""
+        """For each batch of indices [b] in order, a list of `crops` random crops [b, 3, S, S] in
+        0..1; for crops = 0, of one tensor: the images as they are tested. Those of data sets that
+        lie in memory keep their own size."""
         if self.images is None:
             for images in self.read_files(order, crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -699,9 +701,9 @@ def embed(backbone, data, indices, rank, world_size):
 
 
 def knn_accuracy(backbone, train, test, rank, world_size):
-    """Percent of the labelled test images whose class is the most frequent one among the 20 nearest
-    (or a class's mean size, if smaller) of at most 100,000 labelled training images. None if either
-    are missing."""
+    """k-NN accuracy, in percent, on the labelled test images; at most 100,000 labelled training
+    images vote. k is 20 or, if smaller, their mean number in a class. None if either are missing.
+    """
     voters = (train.labels >= 0).nonzero().squeeze(1).cpu()
     tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
     if len(voters) == 0 or len(tested) == 0:
@@ -739,13 +741,14 @@ def resume(path, args, n, model, optimizer):
     """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
     SystemExit if the number of images or the model is another."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("images", n) != n:
+    if state["images"] != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        fault = f"{path} is of another script, or --arch, --stem, --bank-size, --labels, ..."
+        sizes = "--arch, --stem, --bank-size or --labels"
+        fault = f"{path} is of another script, or has another {sizes}"
         raise SystemExit(f"{fault}: choose a new --run-name") from error
     model.bank.pushed = state["pushed"]
     given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
@@ -811,8 +814,16 @@ def main(args):
 
     torch.manual_seed(args.seed)
     backbone, width = build_backbone(args.arch, args.stem)
-    options = (args.topk, args.num_candidates, args.bank_size, args.ema, args.constraint)
-    model = CMSF(backbone, width, n, *options)
+    model = CMSF(
+        backbone,
+        width,
+        num_images=n,
+        topk=args.topk,
+        num_candidates=args.num_candidates,
+        bank_size=args.bank_size,
+        ema=args.ema,
+        constraint=args.constraint,
+    )
     model = model.to(device, memory_format=torch.channels_last)
     networks = (model.online, model.predictor, model.target)
     if world_size > 1 and on_gpu:
@@ -881,8 +892,8 @@ def main(args):
             history.append(torch.stack([loss.detach(), *metrics.values()]))
             if (i + 1) % args.log_every != 0 and i + 1 < steps_per_epoch:
                 continue
-            # From here on the host waits for the device. All processes stop together, as a NaN of
-            # one is in the weights of all.
+            # From here on the host waits for the device. A NaN of one process reaches all weights
+            # by the averaged gradients, so that all processes stop together.
             if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
                 raise SystemExit(f"loss or weights not finite: step {step}, lr {lr:g}; lower --lr")
             if rank == 0:

@@ -5,14 +5,15 @@
 """Judge the backbone of a checkpoint: k-NN and a linear probe on frozen features, or fine-tuning.
 
     features     the backbone's pooled output, in eval mode, of images as they are tested
-    k-NN         the nearest training images (cosine) vote: 1; 20, or as many as a class has on
-                 average; 200, weighted
+    k-NN         the k nearest training images (cosine) vote, for k = 1, 20 (or as many as a class
+                 has on average, if these are fewer) and 200 (weighted by similarity)
     linear       a linear layer on frozen features of random crops, by one of two PROTOCOLS:
                  raw for CIFAR, STL-10 and Tiny ImageNet, scaled for all others
     fine-tuned   backbone, projector and a linear layer, all trained
 
-An accuracy is that after the last epoch. The labelled images, or those that --labels names, vote
-and train. neighbors.png shows test images, each with its nearest training images.
+Accuracies are those after the last epoch, not the best. The labelled images, or those that
+--labels names, vote and train. neighbors.png shows test images, each with its nearest training
+images.
 
     python eval_linear.py --checkpoint runs/NAME/last.pt
     python eval_linear.py --checkpoint runs/NAME/last.pt --labels 10pct --fine-tune
@@ -135,16 +136,13 @@ def complete_args(args, run):
     from_run = ["arch", "stem"]
     if run.get("dataset") == dataset:
         from_run += ["data_dir", "flip", "rotation", "label_seed"]
-        if dataset != "stl10":
+        if dataset != "stl10":  # which is judged at a larger size than it is trained at
             from_run.append("image_size")
 
-    values = {**vars(args), "dataset": dataset}
-    for name, value in values.items():
-        if value is None and name in from_run:
-            value = run.get(name)
-        if value is None:
-            value = getattr(RECIPES[dataset], name)
-        values[name] = value
+    values = vars(RECIPES[dataset])  # what comes later wins
+    values = values | {name: run[name] for name in from_run if run.get(name) is not None}
+    values |= {name: value for name, value in vars(args).items() if value is not None}
+    values["dataset"] = dataset
     if args.baseline == "raw" and args.protocol is None:
         values["protocol"] = "scaled"  # pixels are no features to train on with a rate of 30
     protocol = PROTOCOLS["fine-tuned" if args.fine_tune else values["protocol"]]
@@ -204,16 +202,14 @@ def outputs(network, data, indices, rank, world_size):
     wrapped = indices[torch.arange(rounds * world_size * size) % n]
     # In each round every process has one batch; gathered, they are in the order of the indices.
     own = wrapped.view(rounds, world_size, size)[:, rank]
-    result = None
     start = 0
     for (images,) in data.batches(own, crops=0):
         if images.shape[3] != data.args.image_size:
             side = [data.args.image_size] * 2
             images = F.interpolate(images, side, mode="bilinear", antialias=True)
         part = gather(network(images))[: n - start]  # without what was wrapped
-        if result is None:  # filled in place: a list and torch.cat would hold all twice
-            shape = (n, *part.shape[1:])
-            result = torch.empty(shape, device=part.device)
+        if start == 0:  # filled in place: a list and torch.cat would hold all twice
+            result = part.new_empty(n, *part.shape[1:])
         result[start : start + len(part)] = part
         start += len(part)
     return result
@@ -267,11 +263,12 @@ class LinearProbe(nn.Module):
 
 def fit(network, train, images, protocol, args, rank, world_size):
     """Train those weights of a network that need a gradient, on the images with these indices [n].
-    Raises SystemExit for batches that are too small, and if the loss is not finite."""
+    Epochs and learning rate are those of args; the milestones are moved in proportion. Raises
+    SystemExit for batches that are too small, and if the loss is not finite."""
     share = math.ceil(len(images) / world_size)  # images of each process
     steps = math.ceil(share * world_size / args.batch_size)
     least = 2 if network.training else 1  # BatchNorm needs two images
-    if share // steps < least:
+    if share // steps < least:  # the size of the smallest batch
         fault = f"a step needs {least} or more images for each process"
         raise SystemExit(f"{fault}: raise --batch-size, or label more images")
     parallel = network
@@ -290,7 +287,7 @@ def fit(network, train, images, protocol, args, rank, world_size):
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed(args.seed * 1_000_000 + epoch)
         order = images[torch.randperm(len(images), generator=generator)]
-        # As many for each process: the first images fill up what is missing.
+        # As many for each process: if the images run out, the first come again.
         own = order[torch.arange(rank, share * world_size, world_size) % len(images)]
         batches = own.tensor_split(steps)  # equal parts: a last one of one image fails in BatchNorm
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
@@ -338,8 +335,7 @@ def judge_frozen(encoder, train, test, args, rank, world_size):
         "200-NN": knn_predict(queries, features, labels, min(200, len(voters)), temperature=0.1),
     }
     results = {judge: percent(found == answers) for judge, found in predictions.items()}
-    if rank == 0:
-        print(results, flush=True)  # a linear layer takes much longer
+    tell(results, rank)  # a linear layer takes much longer
     if args.epochs > 0:
         mean = None
         std = None
@@ -349,9 +345,11 @@ def judge_frozen(encoder, train, test, args, rank, world_size):
         width = features.shape[1]
         del features
         probe = LinearProbe(encoder, width, num_classes, mean, std).to(labels.device)
+        probe.eval()  # its encoder is frozen
         fit(probe, train, voters, PROTOCOLS[args.protocol], args, rank, world_size)
         predicted = outputs(probe, test, tested, rank, world_size).argmax(dim=1)
         results["linear"] = percent(predicted == answers)
+        tell({"linear": results["linear"]}, rank)
     return results, picture
 
 
@@ -361,7 +359,7 @@ def judge_fine_tuned(network, train, test, args, rank, world_size):
     tested = labelled(test)
     answers = test.labels[tested]
     network = network.to(answers.device)
-    width = outputs(network, train, images[:2], rank, world_size).shape[1]
+    width = outputs(network, train, images[:1], rank, world_size).shape[1]
     num_classes = 1 + max(train.labels.max().item(), answers.max().item())
     network = nn.Sequential(network, nn.Linear(width, num_classes)).to(answers.device)
     if world_size > 1 and answers.is_cuda:  # SyncBatchNorm needs GPUs
@@ -369,7 +367,16 @@ def judge_fine_tuned(network, train, test, args, rank, world_size):
     network.train()
     fit(network, train, images, PROTOCOLS["fine-tuned"], args, rank, world_size)
     predicted = outputs(network, test, tested, rank, world_size).argmax(dim=1)
-    return {"fine-tuned": percent(predicted == answers)}
+    results = {"fine-tuned": percent(predicted == answers)}
+    tell(results, rank)
+    return results
+
+
+def tell(results, rank):
+    """Print accuracies, a line each."""
+    for judge, result in results.items():
+        if rank == 0:
+            print(f"{judge:>10} {result:6.2f}%", flush=True)
 
 
 def percent(right):
@@ -405,10 +412,10 @@ def draw_neighbors(train, test, voters, shown, features, queries):
     tiles = []
     queried = test.batches(shown[:, None], crops=0)
     found = train.batches(neighbors, crops=0)
-    for row, nearest, (query,), (images,) in zip(shown, neighbors, queried, found):
+    for row, others, (query,), (images,) in zip(shown, neighbors, queried, found):
         label = test.labels[row].item()
         colors = [white]
-        for other in train.labels[nearest].tolist():
+        for other in train.labels[others].tolist():
             if label < 0 or other < 0:
                 colors.append(gray)
             else:
@@ -425,7 +432,13 @@ def draw_neighbors(train, test, voters, shown, features, queries):
 
 
 OWN = "model.online.0."  # what the backbone's names begin with in a checkpoint of these scripts
-USUAL = ["online.0.", "", "encoder_q.", "backbone.", "teacher.backbone."]  # the best first
+USUAL = [
+    "online.0.",
+    "",
+    "encoder_q.",
+    "backbone.",
+    "teacher.backbone.",
+]  # best first; without state_dict. and model.
 
 
 def read_file(path):
@@ -475,8 +488,9 @@ def below(tensors, start):
 
 
 def name_numbered(tensors):
-    """Rename the children of ResNets that are numbered, as in MNN's files (net.net.0.weight), as
-    torchvision does (net.net.conv1.weight)."""
+    """Rename the children of ResNets that are numbered, as in MNN's files, as torchvision does. In
+    nn.Sequential(*children), 0 is conv1, 1 bn1 and, as 2 and 3 have no tensors, 4 layer1: the
+    numbers that have tensors are, in order, these children."""
     children = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
     renamed = dict(tensors)
     for first, tensor in tensors.items():
@@ -486,7 +500,7 @@ def name_numbered(tensors):
         start = first.removesuffix("0.weight")
         inside = [name for name in below(tensors, start) if re.match(r"\d+\.", name)]
         numbers = sorted({int(name.split(".")[0]) for name in inside})
-        child_of = dict(zip(numbers, children))  # ReLU and pooling have numbers, but no tensors
+        child_of = dict(zip(numbers, children))
         for name in inside:
             number, rest = name.split(".", 1)
             if int(number) in child_of:
@@ -516,10 +530,11 @@ def load_backbone(backbone, tensors, prefix, path):
     children = {name.split(".")[0] for name in expected}  # no classifier, no projector
     given = below(tensors, prefix)
     given = {name: x for name, x in given.items() if name.split(".")[0] in children}
-    shapes = {name: x.shape for name, x in given.items()}
-    wrong = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
     # Old files lack the counters of BatchNorm, which are of no use here.
-    wrong = [name for name in wrong if name in given or not name.endswith("num_batches_tracked")]
+    shapes = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
+    shapes |= {name: x.shape for name, x in given.items()}
+    names = expected | shapes  # of either
+    wrong = [name for name in names if shapes.get(name) != expected.get(name)]
     if wrong:
         fault = f"{path}: {len(wrong)} of {len(expected)} tensors do not fit, as {wrong[:3]}"
         raise SystemExit(f"{fault}; another --arch, --stem or --prefix?")
@@ -530,19 +545,19 @@ def load_projector(tensors, prefix, path):
     """The projector behind the backbone with this prefix: a list of Linear, BatchNorm1d and ReLU.
     It is online.1 for online.0, and fc elsewhere. The list may be empty."""
     start = prefix + "fc."
-    if prefix == OWN:
-        start = OWN.removesuffix("0.") + "1."
+    if prefix.endswith("online.0."):
+        start = prefix.removesuffix("0.") + "1."
     inside = below(tensors, start)
     layers = []
     for number in sorted({int(name.split(".")[0]) for name in inside if name[0].isdecimal()}):
         state = below(inside, f"{number}.")
-        if state["weight"].ndim == 2:
+        if "weight" in state and state["weight"].ndim == 2:
             if layers:
                 layers.append(nn.ReLU())
             out, width = state["weight"].shape
             layer = nn.Linear(width, out, bias="bias" in state)
         elif "running_mean" in state:
-            layer = nn.BatchNorm1d(len(state["weight"]))
+            layer = nn.BatchNorm1d(len(state["running_mean"]), affine="weight" in state)
         else:
             raise SystemExit(f"{path}: {start}{number} is neither Linear nor BatchNorm1d")
         layer.load_state_dict(state)
@@ -623,9 +638,8 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        split = (
-            slice(None, -360) if is_train else slice(-360, None)
-        )  # the last are by other writers
+        # The last 360 are by other writers.
+        split = slice(None, -360) if is_train else slice(-360, None)
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
         return images.expand(-1, 3, -1, -1), None, digits.target[split]
@@ -657,7 +671,7 @@ def list_files(root, is_train, need_classes):
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
         pairs = zip(names, class_names)
-        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+        class_names = [listed.get(os.path.basename(name), folder) for name, folder in pairs]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
@@ -739,8 +753,9 @@ class ImageData:
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, crops):
-        """For each batch of indices [b] in order, a list of `crops` tensors [b, 3, S, S] in 0..1:
-        random crops or, for crops = 0, one with the images as they are tested, at their size."""
+        """For each batch of indices [b] in order, a list of `crops` random crops [b, 3, S, S] in
+        0..1; for crops = 0, of one tensor: the images as they are tested. Those of data sets that
+        lie in memory keep their own size."""
         if self.images is None:
             for images in self.read_files(order, crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -789,7 +804,8 @@ def listed_images(path, data):
         raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
-    # A line is the end of a path, perhaps only the file's name: look that up, and compare the ends.
+    # Look up the file's name first, for speed. Then compare ends from a "/" on, so that 1.jpg is
+    # not taken for 11.jpg.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")
@@ -906,7 +922,7 @@ def write(results, picture, folder, name, step, args):
             for judge, result in results.items():
                 writer.add_scalar(f"{name}/{judge}", result, step)
             if picture is not None:
-                picture_name = name.replace("eval", "neighbors")
+                picture_name = name.replace("eval", "neighbors")  # eval-raw: neighbors-raw
                 save_image(picture, folder / f"{picture_name}.png")
                 writer.add_image(picture_name, picture, step)
                 print(f"neighbours are shown in {folder / picture_name}.png")
@@ -983,8 +999,6 @@ def main(args):
     else:
         picture = show_neighbors(encoder, train, test, rank, world_size)
     if rank == 0:
-        for judge, result in results.items():
-            print(f"{judge:>10} {result:6.2f}%")
         folder = Path("runs", f"{args.baseline}-{args.dataset}-{args.seed}")
         if args.checkpoint is not None:
             folder = Path(args.checkpoint).parent

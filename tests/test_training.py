@@ -233,7 +233,7 @@ def test_a_run_does_not_continue_with_another_network(change):
     labelled_pictures()
     msf.main(tiny(msf))
     with pytest.raises(
-        SystemExit, match=r"^runs/a/last.pt is of another script, or --arch, [^\n]*$"
+        SystemExit, match=r"^runs/a/last.pt is of another script, or has another --arch, [^\n]*$"
     ):
         msf.main(tiny(msf, epochs=3, **change))
 
