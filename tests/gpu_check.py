@@ -107,14 +107,24 @@ class Report:
             raise OutOfTime
         try:
             function(*values)
-        except Exception:
-            self.row(label, f"FAILED: {last_lines(traceback.format_exc())}")
+        except Exception as error:
+            self.row(label, f"FAILED: {fault(error)}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
+def fault(error):
+    """What went wrong, and the last line of the project where it did, in one line."""
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename).resolve()
+        if file.parent in (ROOT, ROOT / "tests"):
+            place = f"{file.name}, line {frame.lineno}: {frame.line}"
+    return f"{type(error).__name__}: {last_lines(str(error))} ({place})"
+
+
 def last_lines(text):
-    """The end of an output or traceback, in one line."""
+    """The end of an output, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " / ".join(lines[-3:])[-400:]
 
@@ -550,8 +560,8 @@ def step(args, report, folder):
     for compiled in (False, True):
         if compiled and not on_gpu:
             continue
-        for family in families:
-            for size in sizes:
+        for size in sizes:
+            for family in families:
                 first = Trainer(family[0], size, device)
                 networks = (first.model.online, first.model.predictor, first.model.target)
                 del first
@@ -699,8 +709,8 @@ def run_part(name, args, report, folder):
         functions[name](args, report, folder)
     except OutOfTime:
         report.write(f"\nThe part {name} is out of time: what is missing was not measured.")
-    except Exception:
-        report.write(f"\nThe part {name} FAILED: {last_lines(traceback.format_exc())}")
+    except Exception as error:
+        report.write(f"\nThe part {name} FAILED: {fault(error)}")
 
 
 def main():
