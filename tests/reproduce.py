@@ -3,7 +3,7 @@ for the data set, judge each by eval_linear.py, and print one table. Run by hand
 
     python tests/reproduce.py --jobs 2                          # digits, 5 seeds
     python tests/reproduce.py --methods msf mnn raw --seeds 3
-    python tests/reproduce.py --dataset small-folder --data-dir letters --options "--flip 0"
+    python tests/reproduce.py --dataset small-folder --data-dir letters --options="--flip 0"
 
 Each run has a folder of its own, runs/reproduce-..., with what it printed in log.txt. The same
 command continues where it was stopped; what is finished and judged is only read. With other
@@ -61,7 +61,7 @@ class Args:
     epochs: int | None = None  # of training; None: those of each recipe
     jobs: int = 1  # runs at a time, which share the cores of the CPU
     methods: tuple[Method, ...] = (*BASELINES, *METHODS)  # rows of the table
-    options: str = ""  # more options of every training run, in one string
+    options: str = ""  # more options of every training run, in one string: --options="--flip 0"
     name: str = "reproduce"  # with which the names of the runs begin
 
 
@@ -69,7 +69,7 @@ def run_folder(method, seed, args):
     """The folder of a run, the same whenever the same is asked for."""
     parts = [args.name, args.dataset, method, str(seed)]
     if args.epochs is not None:  # other epochs are another schedule of the learning rate
-        parts.insert(2, f"{args.epochs}-epochs")
+        parts.insert(2, f"epochs{args.epochs}")
     return Path("runs", "-".join(parts))
 
 
@@ -82,8 +82,14 @@ def run_script(words, log, args):
     with open(log, "a") as file:
         result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if result.returncode != 0:
-        last_line = log.read_text().strip().split("\n")[-1]
-        raise RuntimeError(f"exit code {result.returncode}: {last_line} (see {log})")
+        lines = [line for line in log.read_text().splitlines() if re.search(r"\w", line)]
+        raise RuntimeError(f"exit code {result.returncode}: {lines[-1]} (see {log})")
+
+
+def judging_words(folder, seed, args):
+    """The command that judges a run."""
+    words = ["eval_linear.py", "--checkpoint", str(folder / "last.pt")]
+    return [*words, "--data-dir", args.data_dir, "--seed", str(seed)]
 
 
 def train_and_judge(method, seed, args):
@@ -98,9 +104,7 @@ def train_and_judge(method, seed, args):
             words += ["--epochs", str(args.epochs)]
         # Of the k-NN accuracies, only those before and after training.
         run_script([*words, "--knn-every", "100000"], folder / "log.txt", args)
-        checkpoint = ["--checkpoint", str(folder / "last.pt")]
-        judging = ["eval_linear.py", *checkpoint, "--data-dir", args.data_dir]
-        run_script(judging, folder / "judging.txt", args)
+        run_script(judging_words(folder, seed, args), folder / "judging.txt", args)
     result = json.loads((folder / "eval.json").read_text())["top1"]
     classifier = re.findall(r"classifier accuracy ([\d.]+)%", (folder / "log.txt").read_text())
     if classifier:
@@ -113,8 +117,8 @@ def judge_baseline(baseline, method, seed, args):
     folder = run_folder(method, seed, args)
     output = folder / f"eval-{baseline}.json"
     if not output.exists():
-        words = ["eval_linear.py", "--baseline", baseline, "--checkpoint", str(folder / "last.pt")]
-        run_script([*words, "--data-dir", args.data_dir], folder / "judging.txt", args)
+        words = [*judging_words(folder, seed, args), "--baseline", baseline]
+        run_script(words, folder / f"judging-{baseline}.txt", args)
     return json.loads(output.read_text())["top1"]
 
 
