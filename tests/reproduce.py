@@ -1,116 +1,177 @@
-"""Do the papers' claims hold? Train every method with several seeds, judge each, print one table.
+"""Do the papers' claims hold? Train every method with several seeds, with its script's own recipe
+for the data set, judge each by eval_linear.py, and print one table. Run by hand, not by pytest.
 
-All methods get one recipe: that of msf.py for digits or for CIFAR, with the same epochs, batch, learning rate and
-views. What a method's paper gives for itself (k, the bank's rows, the candidates) stays. Nothing is tuned.
+    python tests/reproduce.py --jobs 2                          # digits, 5 seeds
+    python tests/reproduce.py --methods msf mnn raw --seeds 3
+    python tests/reproduce.py --dataset small-folder --data-dir letters --options="--flip 0"
 
-    $ python tests/reproduce.py                                             digits, 5 seeds
-    $ python tests/reproduce.py --dataset folder --data-dir DIR --seeds 3   32-pixel images, ResNet-18, 200 epochs
-
-Each run has a folder in runs/. The same command goes on where it was stopped; a run that was stopped while it was being
-judged has to be removed first, and the seconds of one that went on are those since then. Run by hand, not by pytest.
+Each run has a folder of its own, runs/reproduce-..., with what it printed in log.txt. The same
+command continues where it was stopped; what is finished and judged is only read. With other
+options, choose another --name.
 """
 
-import concurrent.futures
-import dataclasses
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-DIGITS = "--batch-size 64 --lr 0.1 --weight-decay 5e-4 --warmup-epochs 5"
-SMALL = (  # for pictures that must not be mirrored, such as letters
-    "--arch resnet18 --stem small --image-size 32 --flip 0 --rotation 10 --batch-size 256 --lr 0.06 "
-    "--weight-decay 5e-4 --warmup-epochs 5 --bank-size 4096"
-)
-METHODS = {  # name -> script and arguments; digits' own recipes differ in what stands in DIGITS, and in mnn.py's k
-    "MSF": "msf",
-    "CMSF, previous epoch": "cmsf_ssl --constraint previous-epoch",
-    "CMSF, third view": "cmsf_ssl --constraint third-view",
-    "CMSF, k-means": "cmsf_ssl --constraint kmeans",
-    "MNN": "mnn --topk 5 --bn-splits 1",
-    "MNN, one side": "mnn --topk 5 --bn-splits 1 --no-symmetric",  # as many views a step as MSF
-    "CMSF, 1% of labels": "cmsf_semi --labels 1pct",
-    "CMSF, 10% of labels": "cmsf_semi --labels 10pct",
-    "CMSF, all labels": "cmsf_semi --labels 100pct",
-    "raw pixels": "eval_linear --baseline raw",
-    "untrained network": "eval_linear --baseline random",
+METHODS = {  # what is trained: its row in the table, and its command
+    "msf": ("MSF", "msf.py"),
+    "cmsf-previous-epoch": ("CMSF, previous epoch", "cmsf_ssl.py --constraint previous-epoch"),
+    "cmsf-third-view": ("CMSF, third view", "cmsf_ssl.py --constraint third-view"),
+    "cmsf-kmeans": ("CMSF, k-means", "cmsf_ssl.py --constraint kmeans"),
+    "mnn": ("MNN", "mnn.py"),
+    "mnn-one-side": ("MNN, one side", "mnn.py --no-symmetric"),  # as many views a step as MSF
+    "cmsf-1pct": ("CMSF, 1% of labels", "cmsf_semi.py --labels 1pct"),
+    "cmsf-10pct": ("CMSF, 10% of labels", "cmsf_semi.py --labels 10pct"),
+    "cmsf-100pct": ("CMSF, all labels", "cmsf_semi.py --labels 100pct"),
 }
-JUDGES = ("1-NN", "20-NN", "200-NN", "linear")
+BASELINES = {"raw": "raw pixels", "random": "untrained network"}
+Method = Literal[
+    "raw",
+    "random",
+    "msf",
+    "cmsf-previous-epoch",
+    "cmsf-third-view",
+    "cmsf-kmeans",
+    "mnn",
+    "mnn-one-side",
+    "cmsf-1pct",
+    "cmsf-10pct",
+    "cmsf-100pct",
+]
 
 
-@dataclasses.dataclass
+@dataclass
 class Args:
-    """Train and judge all methods with several seeds; print the mean and the spread of each."""
+    """Train and judge methods with several seeds; print the mean and the spread of each."""
 
-    dataset: str = "digits"  # digits, or folder: small images in train/CLASS/*.png, val/CLASS/*.png.
-    data_dir: str = "data"  # Where the folder lies.
-    seeds: int = 5  # Seeds 0, 1, ... of each method.
-    epochs: int | None = None  # Epochs of training of every method; None: digits 40, folder 200.
-    jobs: int = 1  # Runs at a time, which share the cores of the CPU.
+    dataset: str = "digits"  # of the scripts' recipes
+    data_dir: str = "data"  # folder of the data set
+    seeds: int = 5  # seeds 0, 1, ... of each method
+    epochs: int | None = None  # of training; None: those of each recipe
+    jobs: int = 1  # runs at a time, which share the cores of the CPU
+    methods: tuple[Method, ...] = (*BASELINES, *METHODS)  # rows of the table
+    options: str = ""  # more options of every training run, in one string: --options="--flip 0"
+    name: str = "reproduce"  # with which the names of the runs begin
 
 
-def call(words, args):
-    """Run a script; (what it printed, seconds). Its words are seen if it fails."""
-    threads = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
-    start = time.time()
-    result = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS=threads))
-    if result.returncode:
-        raise SystemExit(f"{' '.join(words)}: {result.stdout[-1000:]}{result.stderr[-1000:]}")
-    return result.stdout, time.time() - start
+def run_folder(method, seed, args):
+    """The folder of a run, the same whenever the same is asked for."""
+    parts = [args.name, args.dataset, method, str(seed)]
+    if args.epochs is not None:  # other epochs are another schedule of the learning rate
+        parts.insert(2, f"epochs{args.epochs}")
+    return Path("runs", "-".join(parts))
+
+
+def run_script(words, log, args):
+    """Run a script, and append what it prints to a file. RuntimeError if it fails."""
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if result.returncode != 0:
+        lines = [line for line in log.read_text().splitlines() if re.search(r"\w", line)]
+        raise RuntimeError(f"exit code {result.returncode}: {lines[-1]} (see {log})")
+
+
+def judging_words(folder, seed, args):
+    """The command that judges a run."""
+    words = ["eval_linear.py", "--checkpoint", str(folder / "last.pt")]
+    return [*words, "--data-dir", args.data_dir, "--seed", str(seed)]
 
 
 def train_and_judge(method, seed, args):
-    """{judge: percent} and, if it was trained, "seconds" and perhaps "classifier"."""
-    script, *words = METHODS[method].split()
-    data = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--seed", str(seed)]
-    small = SMALL.split() if args.dataset == "folder" else []
-    if script == "eval_linear":
-        call([f"{script}.py", *words, *data, *small[:6]], args)
-        return json.loads(Path(f"runs/{words[1]}-{args.dataset}-{seed}/eval.json").read_text())["top1"]
-    name = f"reproduce-{args.dataset}-{re.sub('[^a-z0-9]+', '-', method.lower())}-{seed}"
-    known = Path("runs", name, "reproduce.json")
-    if known.exists():
-        return json.loads(known.read_text())
-    heads = ["--hidden", "1024"] if script == "mnn" else []  # as wide as the other methods' on these networks
-    epochs = args.epochs or (200 if small else 40)
-    command = [f"{script}.py", *words, *heads, *data, *(small or DIGITS.split()), "--epochs", str(epochs)]
-    output, seconds = call([*command, "--run-name", name, "--knn-every", "1000"], args)
-    call(["eval_linear.py", "--checkpoint", f"runs/{name}/last.pt", "--data-dir", args.data_dir], args)
-    result = json.loads(Path("runs", name, "eval.json").read_text())["top1"] | dict(seconds=seconds)
-    found = re.findall(r"classifier accuracy ([\d.]+)", output)
-    result |= dict(classifier=float(found[-1])) if found else {}
-    known.write_text(json.dumps(result))
+    """Train a method, unless that is done. Returns {"20-NN": percent, "linear": percent, ...} and,
+    where there is one, the accuracy of its own "classifier"."""
+    folder = run_folder(method, seed, args)
+    if not (folder / "eval.json").exists():
+        _, command = METHODS[method]
+        words = [*command.split(), "--dataset", args.dataset, "--data-dir", args.data_dir]
+        words += ["--seed", str(seed), "--run-name", folder.name, *args.options.split()]
+        if args.epochs is not None:
+            words += ["--epochs", str(args.epochs)]
+        # Of the k-NN accuracies, only those before and after training.
+        run_script([*words, "--knn-every", "100000"], folder / "log.txt", args)
+        run_script(judging_words(folder, seed, args), folder / "judging.txt", args)
+    result = json.loads((folder / "eval.json").read_text())["top1"]
+    classifier = re.findall(r"classifier accuracy ([\d.]+)%", (folder / "log.txt").read_text())
+    if classifier:
+        result["classifier"] = float(classifier[-1])
     return result
+
+
+def judge_baseline(baseline, method, seed, args):
+    """Judge raw pixels or an untrained network, with data, size and network of a method's run."""
+    folder = run_folder(method, seed, args)
+    output = folder / f"eval-{baseline}.json"
+    if not output.exists():
+        words = [*judging_words(folder, seed, args), "--baseline", baseline]
+        run_script(words, folder / f"judging-{baseline}.txt", args)
+    return json.loads(output.read_text())["top1"]
 
 
 def spread(values):
     """Mean, and in brackets the least and the greatest."""
-    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def collect(futures, results, faults):
+    """Add to results[method] what each future of a dict, future -> (method, seed), returns."""
+    for future in as_completed(futures):
+        method, seed = futures[future]
+        try:
+            results[method].append(future.result())
+            print(method, seed, json.dumps(future.result()), flush=True)
+        except Exception as error:  # the other runs go on
+            faults.append(f"{method}, seed {seed}: {error}")
+            print(faults[-1], flush=True)
 
 
 def main(args):
-    if args.dataset not in ("digits", "folder"):
-        raise SystemExit(f"error: --dataset {args.dataset}: digits or folder")
-    results = {method: [] for method in METHODS}
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(train_and_judge, method, seed, args): (method, seed)
-                for seed in range(args.seeds) for method in METHODS}
-        for run in concurrent.futures.as_completed(runs):
-            results[runs[run][0]].append(run.result())
-            print(*runs[run], json.dumps(run.result()), flush=True)
-    print(f"\n| | {' | '.join(JUDGES)} | own classifier | seconds |\n|{' --- |' * 7}")
-    for method, rows in results.items():
-        cells = [spread([row[judge] for row in rows if judge in row]) for judge in (*JUDGES, "classifier")]
-        seconds = [row["seconds"] for row in rows if "seconds" in row]
-        print(f"| {method} | {' | '.join(cells)} | {f'{statistics.mean(seconds):.0f}' if seconds else ''} |")
+    trained = [method for method in args.methods if method in METHODS]
+    baselines = [method for method in args.methods if method in BASELINES]
+    if not trained:
+        raise SystemExit("--methods: baselines take data and network from a run: add a method")
+    results = {method: [] for method in args.methods}
+    faults = []
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        futures = {}
+        for seed in range(args.seeds):
+            for method in trained:
+                futures[pool.submit(train_and_judge, method, seed, args)] = (method, seed)
+        collect(futures, results, faults)
+        futures = {}
+        for seed in range(args.seeds):
+            for baseline in baselines:
+                future = pool.submit(judge_baseline, baseline, trained[0], seed, args)
+                futures[future] = (baseline, seed)
+        collect(futures, results, faults)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, no more runs start
+
+    print("\n| | 20-NN | linear | own classifier |\n| --- | --- | --- | --- |")
+    for method in args.methods:
+        cells = [BASELINES[method] if method in BASELINES else METHODS[method][0]]
+        for column in ("20-NN", "linear", "classifier"):
+            cells.append(spread([top1[column] for top1 in results[method] if column in top1]))
+        print(f"| {' | '.join(cells)} |")
+    if faults:
+        raise SystemExit("\n".join(["failed:", *faults]))
 
 
 if __name__ == "__main__":
