@@ -1,6 +1,14 @@
-"""The scripts of the methods, for tests that run over all of them."""
+"""What the tests share: the scripts, small models, pictures on disk, and runs of a second."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import cmsf_semi
 import cmsf_ssl
@@ -8,23 +16,46 @@ import mnn
 import msf
 
 METHODS = [msf, cmsf_ssl, cmsf_semi, mnn]
+CPU = torch.device("cpu")
 
 
-def small_model(script, bank_size=32, num_images=40, topk=3):
-    """The model of a script around a small network."""
-    backbone, width = script.build_backbone("resnet10", "small-stride")
+# ---- models
+
+
+def unit(*shape):
+    """Random rows of unit norm, in float64."""
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def small_backbone(arch=None, stem=None, norm_layer=nn.BatchNorm2d):
+    """One convolution in place of a ResNet, and the number of its features."""
+    convolution = nn.Conv2d(3, 32, kernel_size=4, stride=4, bias=False)
+    layers = [convolution, norm_layer(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers), 32
+
+
+def small_model(script, bank_size=20, num_images=24, topk=3, **changes):
+    """A script's model around a small backbone, for views [b, 3, 4, 4]."""
+    backbone, width = small_backbone(norm_layer=changes.pop("norm_layer", nn.BatchNorm2d))
+    options = {"topk": topk, "bank_size": bank_size, "ema": 0.9}
     if script is msf:
-        return msf.MSF(backbone, width, topk, bank_size, ema=0.9)
+        model = msf.MSF(backbone, width, **options)
     if script is cmsf_ssl:
-        return cmsf_ssl.CMSF(
-            backbone, width, num_images, topk, topk, bank_size, 0.9, "previous-epoch"
-        )
+        options |= {"num_candidates": 6, "constraint": "previous-epoch"}
+        model = cmsf_ssl.CMSF(backbone, width, num_images, **options | changes)
+    if script is cmsf_semi:
+        images = torch.arange(num_images)
+        given = changes.pop("given", torch.where(images % 4 == 0, images % 3, -1))
+        options |= {"confidence": 0.85}
+        model = cmsf_semi.CMSF(backbone, width, given, **options | changes)
     if script is mnn:
-        options = {"lam": "random", "weighting": True, "symmetric": True, "renormalize": False}
-        return mnn.MNN(backbone, width, 32, topk, bank_size, 0.9, **options)
-    given = torch.full((num_images,), -1)
-    given[::4] = torch.arange(num_images)[::4] % 3
-    return cmsf_semi.CMSF(backbone, width, given, topk, bank_size, 0.9, 0.85)
+        options |= {"hidden": 16, "lam": 0.4}
+        options |= {"weighting": True, "symmetric": True, "renormalize": False}
+        model = mnn.MNN(backbone, width, **options | changes)
+    with torch.no_grad():  # so that online and target network differ
+        for weight in model.online.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return model
 
 
 def step(script, model, weak, strong, labels, indices):
@@ -34,3 +65,53 @@ def step(script, model, weak, strong, labels, indices):
     if script is cmsf_ssl:
         return model(weak, strong, None, labels, indices)
     return model(weak, strong, indices, labels)
+
+
+# ---- data
+
+
+def picture(path, side=40, color=None):
+    """Write a picture of random pixels, or of one colour."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if color:
+        Image.new("RGB", (side, side), color).save(path)
+    else:
+        pixels = np.random.default_rng(0).integers(0, 256, (side, side + 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+
+def labelled_pictures(root="photos", each=8, side=40):
+    """train/cat, train/dog, val/cat and val/dog; cats are red, dogs are blue."""
+    for split in ("train", "val"):
+        for i in range(each):
+            picture(f"{root}/{split}/cat/{i}.jpg", side, "red")
+            picture(f"{root}/{split}/dog/{i}.jpg", side, "blue")
+
+
+def data_of(images, labels):
+    """A data set of images uint8 [N, 3, H, H] in memory (or None), with labels [N]."""
+    data = msf.ImageData(msf.RECIPES["digits"], False, CPU)
+    data.images = images
+    data.labels = torch.as_tensor(labels)
+    return data
+
+
+# ---- runs
+
+
+def tiny(script, **changes):
+    """Arguments of a run on photos/: 16 pixels, two steps an epoch with labelled_pictures."""
+    given = {"dataset": "folder", "data_dir": "photos", "batch_size": 8, "bank_size": 16}
+    given |= {"epochs": 2, "warmup_epochs": 0.5, "num_workers": 0, "topk": 5, "run_name": "a"}
+    return replace(script.RECIPES["digits"], **given | changes)
+
+
+def checkpoint(name="a"):
+    return torch.load(f"runs/{name}/last.pt", weights_only=True)
+
+
+def assert_same_state(one, other):
+    """Two checkpoints hold the same bits, but for their arguments."""
+    for part in ("model", "optimizer", "epoch", "pushed"):
+        for ours, theirs in zip(tree_leaves(one[part]), tree_leaves(other[part]), strict=True):
+            assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs)), part
