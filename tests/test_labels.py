@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from scripts import small_model
-from test_data import CPU, FOLDER, knn_data, labelled_pictures, picture
-from test_training import assert_same_state, checkpoint, tiny
+from scripts import (
+    CPU,
+    assert_same_state,
+    checkpoint,
+    data_of,
+    labelled_pictures,
+    picture,
+    small_model,
+    tiny,
+    unit,
+)
 
 import cmsf_semi
+
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def choose(labels, data, seed=0):
@@ -35,14 +44,15 @@ def test_a_share_is_balanced_and_repeats_with_its_seed(share):
 
 
 def test_a_share_is_drawn_among_the_images_that_have_a_label():
-    data = knn_data(None, [0] * 50 + [1] + [-1] * 20)
+    data = data_of(None, [0] * 50 + [1] + [-1] * 20)
     given = choose("10pct", data)
-    assert given[50] == 1  # a class keeps one image at least
-    assert (given == 0).sum() == 5 and (given >= 0).sum() == 6
+    assert (given == 0).sum() == 5
+    assert (given == 1).sum() == 1  # one image at least
+    assert (given == -1).sum() == 65
     assert torch.equal(choose("100pct", data), data.labels)
 
 
-@pytest.mark.parametrize("labels", ["0pct", "101pct", "tenpct", "-5pct", "", "pct", "nowhere.txt"])
+@pytest.mark.parametrize("labels", ["0pct", "101pct", "tenpct", "-5pct", "", "nowhere.txt"])
 def test_what_is_neither_share_nor_file_is_answered_by_one_line(labels):
     with pytest.raises(SystemExit, match=r"^--labels .*: neither 1pct to 100pct nor a file$"):
         cmsf_semi.main(replace(cmsf_semi.RECIPES["digits"], labels=labels))
@@ -59,13 +69,14 @@ def test_data_without_any_label_is_answered_by_one_line():
 # ---- lists
 
 
-def pictures_of_the_same_names():
-    """Two classes; 1.jpg lies in both, at one depth or another; a.jpg and b.jpg in one."""
+@pytest.fixture
+def data():
+    """Two classes; 1.jpg and 2.jpg are in both, a.jpg and b.jpg in one."""
     for name in ("cat/1.jpg", "dog/1.jpg", "cat/images/2.jpg", "dog/images/2.jpg", "cat/a.jpg"):
         picture(f"photos/train/{name}")
     picture("photos/train/dog/b.jpg")
     picture("photos/train/unlabelled/u.jpg")
-    return cmsf_semi.ImageData(FOLDER, True, CPU)
+    return cmsf_semi.ImageData(tiny(cmsf_semi), True, CPU)
 
 
 def chosen(data, content, encoding="utf-8"):
@@ -76,32 +87,19 @@ def chosen(data, content, encoding="utf-8"):
     return {data.paths[i].removeprefix("photos/train/") for i in (given >= 0).nonzero().flatten()}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "cat/1.jpg",
-        "./cat/1.jpg",
-        "cat\\1.jpg",
-        "train/cat/1.jpg",
-        "photos/train/cat/1.jpg",
-        "  cat/1.jpg  ",
-    ],
-)
-def test_a_line_is_the_end_of_a_path(line):
-    data = pictures_of_the_same_names()
+@pytest.mark.parametrize("line", ["cat/1.jpg", "./cat/1.jpg", "cat\\1.jpg", "train/cat/1.jpg"])
+def test_a_line_is_the_end_of_a_path(line, data):
     assert chosen(data, line) == {"cat/1.jpg"}
+    assert chosen(data, f"  {line}  \n{line}\n") == {"cat/1.jpg"}
     assert chosen(data, f"{line}\r\na.jpg\r\n\r\n") == {"cat/1.jpg", "cat/a.jpg"}
     assert chosen(data, f"b.jpg\n{line}\n", "utf-8-sig") == {"cat/1.jpg", "dog/b.jpg"}
-    assert chosen(data, f"{line}\n{line}\n") == {"cat/1.jpg"}
 
 
-def test_a_line_may_be_an_absolute_path():
-    data = pictures_of_the_same_names()
+def test_a_line_may_be_an_absolute_path(data):
     assert chosen(data, str(Path("photos/train/dog/1.jpg").absolute())) == {"dog/1.jpg"}
 
 
-def test_names_may_repeat_at_any_depth():
-    data = pictures_of_the_same_names()
+def test_names_may_repeat_at_any_depth(data):
     assert chosen(data, "dog/images/2.jpg") == {"dog/images/2.jpg"}
 
 
@@ -109,26 +107,15 @@ def test_names_may_repeat_at_any_depth():
     "content, message",
     [
         ("1.jpg", r"1 line.s. .*: 1.jpg \(2 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)"),
-        (
-            "images/2.jpg",
-            r"1 line.s. .*: images/2.jpg \(2 match; there are: .*/cat/.*, .*/dog/.*\)",
-        ),
-        (
-            "x.jpg\na.jpg\ny.jpg",
-            r"2 line.s. .*: x.jpg \(0 match; there are: none\), y.jpg \(0 match; .*\)",
-        ),
-        (
-            "t/1.jpg",
-            r"1 line.s. .*: t/1.jpg \(0 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)",
-        ),  # whole names only
+        ("images/2.jpg", r"1 line.s. .*: images/2.jpg \(2 match; .*/cat/.*, .*/dog/.*\)"),
+        ("x.jpg\na.jpg\ny.jpg", r"2 line.s. .*: x.jpg \(0 match; there are: none\), y.jpg .*"),
+        ("t/1.jpg", r"1 line.s. .*: t/1.jpg \(0 match; .*/cat/1.jpg, .*\)"),  # whole names only
         ("u.jpg", r"1 line.s. .*: u.jpg \(0 match; there are: none\)"),  # an image without a label
-        ("../cat/1.jpg", r"1 line.s. .*: ../cat/1.jpg \(0 match; .*\)"),
         ("", "gives no training image a label"),
         ("\ufeff\r\n\r\n", "gives no training image a label"),
     ],
 )
-def test_a_list_that_does_not_fit_is_answered_by_one_line(content, message):
-    data = pictures_of_the_same_names()
+def test_a_list_that_does_not_fit_is_answered_by_one_line(content, message, data):
     with pytest.raises(SystemExit, match=rf"^(list.txt: |--labels list.txt ){message}$"):
         chosen(data, content)
 
@@ -143,9 +130,9 @@ def test_data_that_are_no_files_need_a_share():
 
 
 def model_with_cache(n, given):
-    model = small_model(cmsf_semi, num_images=len(given))
-    model.given_labels.copy_(given)
-    model.cache[:n] = F.normalize(torch.randn(n, 128), dim=1)
+    """The first n images have embeddings in the cache."""
+    model = small_model(cmsf_semi, num_images=len(given), given=given)
+    model.cache[:n] = unit(n, 8)
     model.cached[:n] = True
     return model
 
@@ -155,15 +142,14 @@ def test_a_round_is_ten_passes_over_the_cached_images_with_given_labels():
     model = model_with_cache(8, given)  # 8 of the 12 were seen
     model.cached[20:30] = True  # and others, whose labels are not given
     batches = []
-    forward = model.classifier.forward
-    model.classifier.forward = lambda inputs: batches.append(inputs.clone()) or forward(inputs)
+    model.classifier.register_forward_hook(lambda net, inputs, output: batches.append(inputs[0]))
     before = [weight.clone() for weight in model.parameters()]
     assert not model.classifier_trained
     model.train_classifier()
     assert model.classifier_trained
     assert len(batches) == 10
     for batch in batches:
-        assert sorted(batch[:, 0].tolist()) == sorted(model.cache[:8, 0].tolist())
+        assert sorted(batch.tolist()) == sorted(model.cache[:8].tolist())
     for (name, new), old in zip(model.named_parameters(), before):
         assert torch.equal(new, old) != name.startswith("classifier"), name
     assert not any(weight.requires_grad for weight in model.classifier.parameters())
@@ -171,7 +157,8 @@ def test_a_round_is_ten_passes_over_the_cached_images_with_given_labels():
 
 def test_rounds_follow_the_recipe():
     """Batches of at most 256, SGD 0.01, momentum 0.9, weight decay 1e-4, anew in each round."""
-    given = torch.arange(300) % 3
+    given = torch.arange(301) % 3
+    given[300] = -1
     model = model_with_cache(300, given)
     slow = copy.deepcopy(model.classifier).train().requires_grad_(True)
     torch.manual_seed(1)
@@ -195,30 +182,24 @@ def test_rounds_follow_the_recipe():
 
 
 def test_without_two_cached_images_there_is_no_round():
-    model = model_with_cache(1, torch.zeros(40, dtype=torch.int64))
+    model = model_with_cache(1, torch.arange(40) % 3 - 1)
     model.train_classifier()
     assert not model.classifier_trained
 
 
-@pytest.mark.parametrize("batch_size, rounds", [(8, 4), (1024, 2)])
-def test_a_round_comes_halfway_and_at_the_end_of_an_epoch(batch_size, rounds, monkeypatch):
+@pytest.mark.parametrize("batch_size, images, rounds", [(8, 16, 4), (1024, 1024, 2)])
+def test_a_round_comes_halfway_and_at_the_end_of_an_epoch(batch_size, images, rounds, monkeypatch):
     """Only at the end with large batches; two epochs here."""
-    labelled_pictures(each=8 if batch_size == 8 else 520, side=16)
+    labelled_pictures(each=images // 2, side=16)
     calls = []
     monkeypatch.setattr(cmsf_semi.CMSF, "train_classifier", lambda model: calls.append(1))
-    monkeypatch.setattr(cmsf_semi.CMSF, "forward", a_loss_without_networks)
-    cmsf_semi.main(tiny(cmsf_semi, batch_size=batch_size, bank_size=batch_size, knn_every=9))
+    cmsf_semi.main(tiny(cmsf_semi, batch_size=batch_size, bank_size=batch_size))
     assert len(calls) == rounds
 
 
-def a_loss_without_networks(model, *batch):
-    loss = sum(weight.sum() for weight in model.predictor.parameters())
-    return loss, {"purity": torch.tensor(1.0)}
-
-
-def test_all_labels_build_no_classifier_and_give_purity_one():
+def test_all_labels_build_no_classifier():
     labelled_pictures()
-    result = cmsf_semi.main(tiny(cmsf_semi, labels="100pct", log_every=1))
+    result = cmsf_semi.main(tiny(cmsf_semi, labels="100pct"))
     assert result["classifier"] is None
     assert not any(name.startswith("classifier.") for name in checkpoint()["model"])
 
@@ -236,29 +217,27 @@ def test_labels_that_are_not_given_change_nothing(monkeypatch):
     """Neither the loss, the search, the classifier nor the votes of the k-NN."""
     labelled_pictures()
     args = tiny(cmsf_semi, labels="50pct", confidence=0.1, epochs=3)
-    first = cmsf_semi.main(args)
-    given = checkpoint()["model"]["given_labels"]
-    assert (checkpoint()["model"]["bank.labels"] >= 0).all()  # predictions were used
+    result = cmsf_semi.main(args)
+    state = checkpoint()
+    given = state["model"]["given_labels"]
+    assert (state["model"]["bank.labels"] >= 0).all()  # predictions were used
     load_split = cmsf_semi.load_split
 
-    def other_labels(args, is_train):
+    def with_other_hidden_labels(args, is_train):
         images, paths, labels = load_split(args, is_train)
         if is_train:
             labels = torch.where(given >= 0, given, 1 - torch.tensor(labels))
         return images, paths, labels
 
-    monkeypatch.setattr(cmsf_semi, "load_split", other_labels)
+    monkeypatch.setattr(cmsf_semi, "load_split", with_other_hidden_labels)
     monkeypatch.setattr(cmsf_semi, "choose_labels", lambda args, data: given)
-    second = cmsf_semi.main(replace(args, run_name="other"))
-    other = checkpoint("other")
-    assert not torch.equal(
-        other["model"].pop("bank.true_labels"), checkpoint()["model"]["bank.true_labels"]
-    )
-    one = checkpoint()
-    one["model"].pop("bank.true_labels")
-    assert_same_state(one, other)
+    other_result = cmsf_semi.main(replace(args, run_name="other"))
     for name in ("loss", "knn", "classifier"):
-        assert first[name] == second[name]
+        assert other_result[name] == result[name]
+    other = checkpoint("other")
+    truths = state["model"].pop("bank.true_labels")  # which serve to measure
+    assert not torch.equal(truths, other["model"].pop("bank.true_labels"))
+    assert_same_state(state, other)
 
 
 def test_a_run_does_not_continue_with_other_labels():

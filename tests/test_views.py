@@ -55,7 +55,7 @@ def test_a_crop_has_the_pixels_of_torchvision(size, monkeypatch):
 
 
 def test_boxes_are_drawn_as_by_torchvision():
-    n = 20_000
+    n = 10_000
     ours = msf.random_boxes(n, 32, (0.2, 1.0), "cpu")
     image = torch.empty(3, 32, 32)
     theirs = [T.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
@@ -65,7 +65,7 @@ def test_boxes_are_drawn_as_by_torchvision():
 
 
 def test_boxes_lie_in_the_image():
-    start, length = msf.random_boxes(20_000, 9, (0.01, 1.0), "cpu")
+    start, length = msf.random_boxes(10_000, 9, (0.01, 1.0), "cpu")
     assert start.amin(dim=1).tolist() == [0, 0] and length.min() >= 1
     assert (start + length).amax(dim=1).tolist() == [9, 9]
 
@@ -115,12 +115,12 @@ def test_colour_operations_have_the_pixels_of_torchvision(operation, monkeypatch
 
 def test_colour_amounts_are_drawn_as_by_torchvision():
     """Brightness scales a gray picture, so that the amount can be read off the view."""
-    n = 20_000
+    n = 5_000
     images = torch.full((n, 3, 4, 4), 0.4)
     ours = msf.color_jitter(images, 0.4, 0, 0, 0)[:, 0, 0, 0] / 0.4
     jitter = T.RandomApply([T.ColorJitter(brightness=0.4)], p=0.8)
     theirs = torch.stack([jitter(images[0])[0, 0, 0] / 0.4 for _ in range(n)])
-    assert_same_distribution((ours * 1e4).round(), (theirs * 1e4).round())
+    assert_same_distribution((ours * 1e4).round(), (theirs * 1e4).round(), 0.05)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)])
