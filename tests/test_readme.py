@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import tyro
-from scripts import METHODS
-from test_data import labelled_pictures
-from test_training import tiny
+from scripts import METHODS, labelled_pictures, small_backbone, tiny
 
 import eval_linear
 
 ROOT = Path(eval_linear.__file__).parent
 TEXT = (ROOT / "README.md").read_text()
 SCRIPTS = {f"{script.__name__}.py": script for script in [*METHODS, eval_linear]}
+# "python" or "torchrun ..." and a script, and its arguments; not if a shell variable is in them.
 COMMAND = re.compile(
     r"(?:python|torchrun [^`|\n]*?) (\w+\.py)((?: (?!\.\.\.)[^\s`|#$]+)*)(?![^`|\n]*\$)"
 )
@@ -46,9 +45,7 @@ def test_links_within_the_readme_lead_somewhere():
 
 def test_mixing_inside_msf_trains():
     """The lines of README in place of the one that it names."""
-    block = re.search(
-        r"```python\n# in MSF.forward, for the line `loss = ...`\n(.*?)```", TEXT, re.S
-    )
+    block = re.search(r"# in MSF.forward, for the line `loss = ...`\n(.*?)```", TEXT, re.S)
     lines = "".join(f"        {line}\n" for line in block[1].splitlines())
     source = (ROOT / "msf.py").read_text()
     changed, count = re.subn(r"        loss = mean_shift_loss\(.*\n", lines, source)
@@ -56,5 +53,6 @@ def test_mixing_inside_msf_trains():
     script = types.ModuleType("mixed")
     script.__file__ = "mixed.py"
     exec(compile(changed, "mixed.py", "exec"), script.__dict__)
+    script.build_backbone = small_backbone
     labelled_pictures()
     assert 0 < script.main(tiny(script))["loss"] < 4

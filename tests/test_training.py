@@ -45,6 +45,42 @@ small_networks = pytest.mark.usefixtures("small_networks")
 # ---- what a run learns, prints, writes and returns
 
 
+def stripes(args, is_train):
+    """A split of 512 images of 16 pixels: stripes of any colour and phase, in eight directions,
+    which are the labels."""
+    generator = torch.Generator().manual_seed(int(is_train))
+    labels = torch.arange(512) % 8
+    direction = labels.view(-1, 1, 1) * math.pi / 8
+    phase = 2 * math.pi * torch.rand(512, 1, 1, generator=generator)
+    color = torch.rand(512, 3, 1, 1, generator=generator)
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    waves = torch.sin(x * direction.cos() + y * direction.sin() + phase)[:, None]
+    return (255 * color * (1 + waves) / 2).byte(), None, labels
+
+
+def three_convolutions(*given):
+    layers = []
+    for channels, out, stride in [(3, 32, 2), (32, 64, 2), (64, 128, 1)]:
+        convolution = torch.nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        layers += [convolution, torch.nn.BatchNorm2d(out), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()), 128
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_training_learns(script, monkeypatch):
+    """At first, images of one colour are neighbours; in the end, those of one direction."""
+    monkeypatch.setattr(script, "load_split", stripes)
+    monkeypatch.setattr(script, "build_backbone", three_convolutions)
+    changes = {"jitter": (0.8, 0.8, 0.8, 0.5), "gray": 0.2, "rotation": 0.0, "topk": 2}
+    changes |= {"batch_size": 64, "bank_size": 512, "ema": 0.95, "epochs": 24, "warmup_epochs": 2.0}
+    if script is cmsf_semi:
+        changes["labels"] = "50pct"
+    script.main(replace(script.RECIPES["digits"], run_name="a", **changes))
+    curve = EventAccumulator("runs/a").Reload().Scalars("knn")
+    assert (curve[0].step, curve[-1].step) == (0, 24 * 8)
+    assert curve[0].value < 65 and curve[-1].value > curve[0].value + 15
+
+
 @pytest.mark.parametrize("script", METHODS)
 @small_networks
 def test_a_run_leaves_what_it_promises(script, capsys):
@@ -283,7 +319,7 @@ def test_what_is_not_finite_stops_the_run_and_the_checkpoint_stays():
     assert Path("runs/a/last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("size, num_workers", [(16, 0), (16, 1), (96, 0), (96, 1)])
+@pytest.mark.parametrize("size, num_workers", [(16, 1), (96, 0)])
 @small_networks
 def test_an_unreadable_training_picture_is_named(size, num_workers):
     labelled_pictures(side=120)
@@ -357,9 +393,9 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint():
     assert Path("runs/a/last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("function", ["weak_view", "pil_to_tensor"])
+@pytest.mark.parametrize("function, num_workers", [("weak_view", 0), ("pil_to_tensor", 1)])
 @small_networks
-def test_a_bug_keeps_its_traceback(function, monkeypatch):
+def test_a_bug_keeps_its_traceback(function, num_workers, monkeypatch):
     """In the loop, and in a process that reads images."""
     labelled_pictures(side=120)
 
@@ -368,7 +404,7 @@ def test_a_bug_keeps_its_traceback(function, monkeypatch):
 
     monkeypatch.setattr(msf, function, bug)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        msf.main(tiny(msf, image_size=96, num_workers=1))
+        msf.main(tiny(msf, image_size=96, num_workers=num_workers))
 
 
 def test_pictures_are_read_under_any_start_method(monkeypatch):
