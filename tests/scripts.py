@@ -58,13 +58,13 @@ def small_model(script, bank_size=20, num_images=24, topk=3, **changes):
     return model
 
 
-def step(script, model, weak, strong, labels, indices):
-    """A forward pass of any script's model: its loss, and its metrics."""
+def arguments(script, weak, strong, labels, indices):
+    """A batch as the arguments of a script's model."""
     if script in (msf, mnn):
-        return model(weak, strong, labels)
+        return weak, strong, labels
     if script is cmsf_ssl:
-        return model(weak, strong, None, labels, indices)
-    return model(weak, strong, indices, labels)
+        return weak, strong, None, labels, indices
+    return weak, strong, indices, labels
 
 
 # ---- data

@@ -12,7 +12,6 @@ from PIL import Image
 from scripts import CPU, METHODS, labelled_pictures, picture
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-import mnn
 import msf
 
 FOLDER = replace(msf.RECIPES["folder"], data_dir="photos", num_workers=0, image_size=32)
@@ -219,12 +218,6 @@ def test_every_recipe_starts(script, name, unchecked):
     train_on_a_stand_in(script, name)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "tinyimagenet"])
-def test_the_recipes_of_mnn_are_those_of_the_paper(name):
-    recipe = mnn.RECIPES[name]
-    assert (recipe.bn_splits, recipe.weak_flip, recipe.hidden, recipe.topk) == (8, 0.9, 2048, 5)
-
-
 # ---- odd pictures
 
 
@@ -304,21 +297,6 @@ def test_the_test_view_is_the_image_itself_in_the_middle():
     torch.testing.assert_close(images, digits.images[:9] / 255)
 
 
-def test_crops_of_files_differ_and_repeat_with_the_seed():
-    picture("photos/a.png", 120)
-    data = load(image_size=96, num_workers=1)
-
-    def crops(seed):
-        torch.manual_seed(seed)
-        (views,) = data.batches(torch.tensor([[0, 0]]), crops=2)
-        return torch.cat(views)
-
-    first = crops(1)
-    assert len({view.sum().item() for view in first}) == 4
-    assert torch.equal(first, crops(1))
-    assert not torch.equal(first, crops(2))
-
-
 def test_every_epoch_has_its_own_order_whatever_the_number_of_processes():
     args = replace(FOLDER, batch_size=4, seed=5)
     epochs = [msf.epoch_order(11, epoch, args, 0, 1) for epoch in range(2)]
@@ -356,10 +334,3 @@ def test_missing_data_comes_with_the_hint_for_its_data_set(dataset, hint, monkey
     assert message.startswith(f"cannot load {dataset} from --data-dir nowhere: ")
     assert hint in message and "\n" not in message
     assert not Path("runs").exists()
-
-
-def test_a_train_folder_without_pictures_is_no_data():
-    Path("photos/train/cat").mkdir(parents=True)
-    picture("photos/val/cat/1.jpg")
-    with pytest.raises(SystemExit, match=r"no images in .*photos/train"):
-        load()

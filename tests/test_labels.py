@@ -95,11 +95,8 @@ def test_a_line_is_the_end_of_a_path(line, data):
     assert chosen(data, f"b.jpg\n{line}\n", "utf-8-sig") == {"cat/1.jpg", "dog/b.jpg"}
 
 
-def test_a_line_may_be_an_absolute_path(data):
+def test_a_line_may_be_an_absolute_path_or_several_folders_deep(data):
     assert chosen(data, str(Path("photos/train/dog/1.jpg").absolute())) == {"dog/1.jpg"}
-
-
-def test_names_may_repeat_at_any_depth(data):
     assert chosen(data, "dog/images/2.jpg") == {"dog/images/2.jpg"}
 
 
@@ -138,28 +135,10 @@ def model_with_cache(n, given):
 
 
 def test_a_round_is_ten_passes_over_the_cached_images_with_given_labels():
-    given = torch.where(torch.arange(40) < 12, torch.arange(40) % 3, -1)
-    model = model_with_cache(8, given)  # 8 of the 12 were seen
-    model.cached[20:30] = True  # and others, whose labels are not given
-    batches = []
-    model.classifier.register_forward_hook(lambda net, inputs, output: batches.append(inputs[0]))
-    before = [weight.clone() for weight in model.parameters()]
-    assert not model.classifier_trained
-    model.train_classifier()
-    assert model.classifier_trained
-    assert len(batches) == 10
-    for batch in batches:
-        assert sorted(batch.tolist()) == sorted(model.cache[:8].tolist())
-    for (name, new), old in zip(model.named_parameters(), before):
-        assert torch.equal(new, old) != name.startswith("classifier"), name
-    assert not any(weight.requires_grad for weight in model.classifier.parameters())
-
-
-def test_rounds_follow_the_recipe():
     """Batches of at most 256, SGD 0.01, momentum 0.9, weight decay 1e-4, anew in each round."""
-    given = torch.arange(301) % 3
-    given[300] = -1
-    model = model_with_cache(300, given)
+    given = torch.arange(500) % 3
+    given[300:450] = -1
+    model = model_with_cache(400, given)  # of 300 images with given labels, and 100 others
     slow = copy.deepcopy(model.classifier).train().requires_grad_(True)
     torch.manual_seed(1)
     model.train_classifier()
@@ -179,6 +158,8 @@ def test_rounds_follow_the_recipe():
                     weight.sub_(0.01 * velocity)
     for ours, expected in zip(model.classifier.parameters(), slow.parameters()):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+        assert not ours.requires_grad  # the optimizer of the method leaves it out
+    assert model.classifier_trained
 
 
 def test_without_two_cached_images_there_is_no_round():
@@ -187,10 +168,12 @@ def test_without_two_cached_images_there_is_no_round():
     assert not model.classifier_trained
 
 
-@pytest.mark.parametrize("batch_size, images, rounds", [(8, 16, 4), (1024, 1024, 2)])
-def test_a_round_comes_halfway_and_at_the_end_of_an_epoch(batch_size, images, rounds, monkeypatch):
-    """Only at the end with large batches; two epochs here."""
-    labelled_pictures(each=images // 2, side=16)
+@pytest.mark.parametrize("batch_size, rounds", [(8, 4), (1024, 2)])
+def test_a_round_comes_halfway_and_at_the_end_of_an_epoch(batch_size, rounds, monkeypatch):
+    """Only at the end with large batches; two epochs of two steps here."""
+    images = torch.zeros(2 * batch_size, 3, 16, 16, dtype=torch.uint8)
+    labels = torch.arange(2 * batch_size) % 2
+    monkeypatch.setattr(cmsf_semi, "load_split", lambda *given: (images, None, labels))
     calls = []
     monkeypatch.setattr(cmsf_semi.CMSF, "train_classifier", lambda model: calls.append(1))
     cmsf_semi.main(tiny(cmsf_semi, batch_size=batch_size, bank_size=batch_size))

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import METHODS, small_model, step, unit
+from scripts import METHODS, arguments, small_model, unit
 
 import cmsf_semi
 import cmsf_ssl
@@ -52,17 +52,6 @@ def test_the_loss_over_valid_neighbours_equals_loops(script):
     expected = slow_loss(queries, [rows[mask] for rows, mask in zip(neighbors, valid)])
     loss = script.mean_shift_loss(queries, neighbors, valid)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("script", METHODS)
-def test_the_gradient_is_that_of_the_definition(script):
-    raw = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    neighbors = unit(4, 3, 6)
-    queries = F.normalize(raw, dim=1)
-    (ours,) = torch.autograd.grad(mean_shift_loss(script, queries, neighbors), raw)
-    distances = (F.normalize(raw, dim=1)[:, None] - neighbors).pow(2).sum(dim=2)
-    (expected,) = torch.autograd.grad(distances.mean(), raw)
-    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +233,9 @@ def test_a_step_of_cmsf_with_labels_is_that_of_the_paper():
     assert 0 < len(guessed) < hidden  # some were sure, some were not
 
 
-@pytest.mark.parametrize("changes", [{}, {"symmetric": False}, {"weighting": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"symmetric": False}, {"weighting": False}, {"renormalize": True}]
+)
 def test_a_step_of_mnn_is_that_of_the_paper(changes):
     """Neighbours are searched before the push, in both directions; weak targets are pushed."""
     model = small_model(mnn, bank_size=20, topk=3, lam=0.4, **changes).eval()
@@ -260,6 +251,8 @@ def test_a_step_of_mnn_is_that_of_the_paper(changes):
                 if number == 0:
                     rows = [u]  # the target stands in for its neighbours
                 mixed = [0.4 * m + 0.6 * u for m in rows]
+                if model.renormalize:
+                    mixed = [z / z.norm() for z in mixed]
                 loss = sum((2 - 2 * q @ z).item() for z in mixed) / len(mixed)
                 if model.weighting:
                     loss += (2 - 2 * q @ u).item()
@@ -275,7 +268,7 @@ def test_the_target_is_an_average_of_weights_and_gets_no_gradient(script):
     model = small_model(script)
     before = [weight.clone() for weight in model.target.parameters()]
     weak, strong = torch.randn(2, 8, 3, 4, 4)
-    loss, _ = step(script, model, weak, strong, torch.arange(8) % 3, torch.arange(8))
+    loss, _ = model(*arguments(script, weak, strong, torch.arange(8) % 3, torch.arange(8)))
     loss.backward()
     model.update_target()
     for old, new, online in zip(before, model.target.parameters(), model.online.parameters()):
@@ -289,7 +282,7 @@ def test_the_target_is_an_average_of_weights_and_gets_no_gradient(script):
 def test_the_targets_batchnorm_trains_and_keeps_statistics_of_its_own(script):
     model = small_model(script)
     weak = torch.randn(8, 3, 4, 4)
-    step(script, model, weak, 3 * weak, torch.arange(8) % 3, torch.arange(8))
+    model(*arguments(script, weak, 3 * weak, torch.arange(8) % 3, torch.arange(8)))
     before = model.target[0][1].running_var.clone()
     assert (before != 1).all()  # of this batch
     model.update_target()
@@ -300,41 +293,16 @@ def test_the_targets_batchnorm_trains_and_keeps_statistics_of_its_own(script):
 # ---- mnn.py
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
-def test_the_mix_and_both_terms_of_mnn_equal_loops(lam):
-    queries, targets = unit(4, 6), unit(4, 6)
-    neighbors = unit(4, 5, 6)
-    mixed = mnn.mix_neighbors(targets, neighbors, lam)
-    expected = 0.0
-    for q, u, rows, mixes in zip(queries, targets, neighbors, mixed):
-        expected += (2 - 2 * q @ u).item() / 4
-        for m, z in zip(rows, mixes):
-            torch.testing.assert_close(z, lam * m + (1 - lam) * u)
-            expected += (2 - 2 * q @ z).item() / 20
-    assert mnn.mnn_loss(queries, targets, mixed).item() == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_the_mix_gets_unit_norm_only_on_request(renormalize, monkeypatch):
-    seen = []
-    monkeypatch.setattr(mnn, "mnn_loss", lambda q, u, mixed: seen.append(mixed) or q.sum())
-    model = small_model(mnn, renormalize=renormalize)
-    model.bank.enqueue(unit(20, 128).float(), torch.zeros(20, dtype=torch.int64))
-    model.one_direction(unit(8, 128).float(), unit(8, 128).float(), torch.zeros(8))
-    norms = seen[0].norm(dim=2)
-    assert torch.allclose(norms, torch.ones(8, 3)) == renormalize
-
-
 def test_lam_is_uniform_and_drawn_for_each_direction(monkeypatch):
     drawn = []
     mix = mnn.mix_neighbors
     monkeypatch.setattr(mnn, "mix_neighbors", lambda u, m, lam: drawn.append(lam) or mix(u, m, lam))
     model = small_model(mnn, lam="random")
-    for _ in range(500):
+    for _ in range(200):
         model(*torch.randn(2, 4, 3, 4, 4), torch.zeros(4, dtype=torch.int64))
     drawn = torch.stack(drawn)
-    assert len(drawn.unique()) == len(drawn) == 1000
-    assert drawn.min() < 0.01 and drawn.max() > 0.99
+    assert len(drawn.unique()) == len(drawn) == 400
+    assert drawn.min() < 0.02 and drawn.max() > 0.98
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.05)
 
 

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from scripts import (
     METHODS,
+    arguments,
     assert_same_state,
     checkpoint,
     labelled_pictures,
     small_backbone,
     small_model,
-    step,
     tiny,
 )
 
@@ -48,8 +48,8 @@ def train_in_eval_mode(script, rank, world_size):
         weak, strong = torch.randn(2, 8, 3, 4, 4)
         labels = torch.randint(0, 3, (8,))
         indices = 8 * number + torch.arange(8)
-        batch = (weak[share], strong[share], labels[share], indices[share])
-        loss, _ = step(script, model, *batch)
+        batch = [part[share] for part in (weak, strong, labels, indices)]
+        loss, _ = model(*arguments(script, *batch))
         optimizer.zero_grad()
         loss.backward()
         for weight in weights:  # as DistributedDataParallel does

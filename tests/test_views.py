@@ -78,9 +78,7 @@ def test_rotation_has_the_pixels_of_torchvision(monkeypatch):
     views = msf.flip_and_rotate(images, replace(PLAIN, rotation=90.0))
     for image, view, angle in zip(images, views, degrees.tolist()):
         expected = TF.rotate(image, angle, T.InterpolationMode.BILINEAR)
-        inside = TF.rotate(torch.ones(1, 32, 32), angle, T.InterpolationMode.BILINEAR)[0] > 0.999
-        assert inside.float().mean() > 0.6
-        torch.testing.assert_close(view[:, inside], expected[:, inside], atol=2e-4, rtol=0)
+        torch.testing.assert_close(view, expected, atol=2e-4, rtol=0)
 
 
 def test_rotation_is_uniform_and_either_way():
@@ -180,19 +178,8 @@ def test_flip_gray_and_blur_have_their_probabilities(p):
     assert 0.9 * p - 0.03 <= blurred.float().mean().item() <= p + 0.03  # sigma 0.1 changes nothing
 
 
-def test_views_differ_between_images_and_repeat_with_the_seed():
-    images = pictures(8, 32)[3:4].repeat(16, 1, 1, 1)
-    args = msf.RECIPES["cifar10"]
-    torch.manual_seed(3)
-    views = msf.strong_view(msf.random_crop(images, args), args)
-    assert len({view.sum().item() for view in views}) == 16
-    torch.manual_seed(3)
-    assert torch.equal(views, msf.strong_view(msf.random_crop(images, args), args))
-    assert views.shape == (16, 3, 32, 32)
-    assert views.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_the_weak_view_only_crops_flips_and_rotates():
     crops = pictures(8, 32)
     views = msf.weak_view(crops, replace(msf.RECIPES["imagenet"], flip=0.0))
+    assert views.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(views * STD + MEAN, crops)
