@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,12 +31,6 @@ def test_outside_of_the_method_the_text_is_that_of_msf(name):
         assert ours[function] == text, function
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
-def test_the_sections_come_in_their_order(name):
-    sections = re.findall(r"^# =+ (\w+).* =+$", (ROOT / name).read_text(), re.M)
-    assert sections == ["method", "networks", "data", "views", "training"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_no_script_imports_another(name):
     imports = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(), re.M)
@@ -51,11 +44,3 @@ def test_a_copied_file_says_what_it_needs(name):
     header = re.search(r"^# dependencies = \[(.*)\]$", (ROOT / name).read_text(), re.M)
     needed = header[1].replace('"', "").split(", ")
     assert sorted(needed) == sorted((ROOT / "requirements.txt").read_text().split())
-
-
-def test_nothing_else_lies_at_the_top():
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    top = {path.split("/")[0] for path in files.splitlines()}
-    visible = {name for name in top if not name.startswith(".")}
-    assert visible <= {*NAMES, "README.md", "requirements.txt", "LICENSE", "tests"}

@@ -22,13 +22,6 @@ def test_neighbours_equal_a_full_sort(script, m, k):
 
 
 @pytest.mark.parametrize("script", METHODS)
-def test_neighbours_among_ties_are_distinct_rows(script):
-    bank = unit(4, 6).repeat(5, 1)  # every row five times
-    for i, found in enumerate(script.nearest_neighbors(bank[:4], bank, 5)):
-        assert sorted(found.tolist()) == [i, i + 4, i + 8, i + 12, i + 16]
-
-
-@pytest.mark.parametrize("script", METHODS)
 def test_more_neighbours_than_rows_is_an_error(script):
     with pytest.raises(ValueError, match="4 neighbours of a bank with 3 rows"):
         script.nearest_neighbors(unit(2, 5), unit(3, 5), 4)

@@ -1,6 +1,6 @@
 """Whole runs: what they print, write and return, how they continue, and how they fail.
 
-The networks are small here, but for the test that training learns.
+The networks are of one convolution, but for the test that training learns.
 """
 
 import math
@@ -38,8 +38,9 @@ import cmsf_semi
 import cmsf_ssl
 import mnn
 import msf
+from msf import build_backbone  # the real one: the tests of this file have a small one in its place
 
-small_networks = pytest.mark.usefixtures("small_networks")
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 # ---- what a run learns, prints, writes and returns
@@ -82,7 +83,6 @@ def test_training_learns(script, monkeypatch):
 
 
 @pytest.mark.parametrize("script", METHODS)
-@small_networks
 def test_a_run_leaves_what_it_promises(script, capsys):
     labelled_pictures()
     args = tiny(script, run_name=None, log_every=1, knn_every=1)
@@ -111,7 +111,6 @@ def test_a_run_leaves_what_it_promises(script, capsys):
 
 
 @pytest.mark.parametrize("script", [msf, cmsf_ssl, mnn])
-@small_networks
 def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(script, capsys):
     for i in range(16):
         picture(f"photos/{i}.jpg")
@@ -125,7 +124,6 @@ def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(s
 
 
 @pytest.mark.parametrize("script", METHODS)
-@small_networks
 def test_every_run_without_a_name_has_a_folder_of_its_own(script):
     labelled_pictures()
     args = tiny(script, run_name=None, epochs=1)
@@ -133,7 +131,6 @@ def test_every_run_without_a_name_has_a_folder_of_its_own(script):
     assert len(checkpoints) == 3 == len(os.listdir("runs"))
 
 
-@small_networks
 def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
     labelled_pictures()
     msf.main(tiny(msf, bank_size=64, warmup_epochs=2.0))
@@ -144,7 +141,7 @@ def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
 
 @pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
 def test_a_backbone_is_torchvisions_without_its_last_layer(arch, width):
-    backbone, stated_width = msf.build_backbone(arch, "imagenet")
+    backbone, stated_width = build_backbone(arch, "imagenet")
     assert backbone(torch.rand(2, 3, 64, 64)).shape == (2, width) == (2, stated_width)
     net = getattr(torchvision.models, arch)()
     net.fc = torch.nn.Identity()
@@ -154,7 +151,7 @@ def test_a_backbone_is_torchvisions_without_its_last_layer(arch, width):
 @pytest.mark.parametrize("stem, side", [("small", 8), ("small-pool", 4), ("small-stride", 4)])
 def test_the_stems_for_small_images_keep_their_resolution(stem, side):
     """Sides of the last of the four stages' images, of a view of 64 pixels."""
-    backbone, _ = msf.build_backbone("resnet10", stem)
+    backbone, _ = build_backbone("resnet10", stem)
     shapes = []
     backbone.layer4.register_forward_hook(lambda net, inputs, output: shapes.append(output.shape))
     backbone(torch.rand(2, 3, 64, 64))
@@ -219,7 +216,6 @@ def test_the_learning_rate_rises_and_falls():
         (mnn, {}),
     ],
 )
-@small_networks
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, changes, monkeypatch):
     """Bit for bit, with bank, caches, clusters, classifier and optimizer."""
     labelled_pictures(side=100)
@@ -239,7 +235,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, changes, monkey
     assert_same_state(checkpoint("whole"), checkpoint())
 
 
-@small_networks
 def test_changed_arguments_are_printed_and_count(capsys):
     labelled_pictures()
     msf.main(tiny(msf))
@@ -256,7 +251,6 @@ def test_changed_arguments_are_printed_and_count(capsys):
     assert (group["weight_decay"], group["momentum"]) == (0.25, 0.5)
 
 
-@small_networks
 def test_a_run_does_not_continue_on_another_number_of_images():
     labelled_pictures()
     msf.main(tiny(msf))
@@ -268,7 +262,6 @@ def test_a_run_does_not_continue_on_another_number_of_images():
     assert Path("runs/a/last.pt").read_bytes() == before
 
 
-@small_networks
 def test_a_run_does_not_continue_with_other_sizes_or_another_script():
     labelled_pictures()
     msf.main(tiny(msf))
@@ -282,7 +275,6 @@ def test_a_run_does_not_continue_with_other_sizes_or_another_script():
 # ---- failures
 
 
-@small_networks
 def test_what_is_not_finite_stops_the_run_and_the_checkpoint_stays():
     labelled_pictures()
     msf.main(tiny(msf))
@@ -294,7 +286,6 @@ def test_what_is_not_finite_stops_the_run_and_the_checkpoint_stays():
 
 
 @pytest.mark.parametrize("size, num_workers", [(16, 1), (96, 0)])
-@small_networks
 def test_an_unreadable_training_picture_is_named(size, num_workers):
     labelled_pictures(side=120)
     whole = Path("photos/train/cat/1.jpg").read_bytes()
@@ -303,7 +294,6 @@ def test_an_unreadable_training_picture_is_named(size, num_workers):
         msf.main(tiny(msf, image_size=size, num_workers=num_workers))
 
 
-@small_networks
 def test_a_test_picture_that_becomes_unreadable_loses_no_training(monkeypatch):
     """The run ends after its last checkpoint; the same command goes on to the evaluation."""
     labelled_pictures(side=120)
@@ -321,7 +311,6 @@ def test_a_test_picture_that_becomes_unreadable_loses_no_training(monkeypatch):
     assert msf.main(args)["knn"] is not None
 
 
-@small_networks
 def test_too_little_shared_memory_is_explained(monkeypatch):
     """What a worker raises in a container with 64 MiB of /dev/shm."""
     labelled_pictures(side=120)
@@ -337,7 +326,6 @@ def test_too_little_shared_memory_is_explained(monkeypatch):
     assert "No space left on device" in cause[-1]
 
 
-@small_networks
 def test_a_reader_that_is_killed_is_explained(monkeypatch):
     labelled_pictures(side=120)
     monkeypatch.setattr(msf, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
@@ -347,7 +335,6 @@ def test_a_reader_that_is_killed_is_explained(monkeypatch):
     assert "--num-workers" in first and "DataLoader worker" in cause[-1]
 
 
-@small_networks
 def test_a_full_disk_is_named_and_leaves_the_last_checkpoint():
     labelled_pictures()
     msf.main(tiny(msf))
@@ -359,7 +346,6 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint():
 
 
 @pytest.mark.parametrize("function, num_workers", [("weak_view", 0), ("pil_to_tensor", 1)])
-@small_networks
 def test_a_bug_keeps_its_traceback(function, num_workers, monkeypatch):
     """In the loop, and in a process that reads images."""
     labelled_pictures(side=120)
