@@ -1,20 +1,22 @@
-"""What README says: its commands parse, its links lead somewhere, its example trains."""
+"""What README says: its commands parse, its links lead somewhere, its examples run."""
 
 import re
 import shlex
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
-from scripts import METHODS, labelled_pictures, small_backbone, tiny
+from scripts import METHODS, labelled_pictures, picture, tiny
 
 import eval_linear
+import msf
 
 ROOT = Path(eval_linear.__file__).parent
 TEXT = (ROOT / "README.md").read_text()
 SCRIPTS = {f"{script.__name__}.py": script for script in [*METHODS, eval_linear]}
-# "python" or "torchrun ..." and a script, and its arguments; not if a shell variable is in them.
 COMMAND = re.compile(
     r"(?:python|torchrun [^`|\n]*?) (\w+\.py)((?: (?!\.\.\.)[^\s`|#$]+)*)(?![^`|\n]*\$)"
 )
@@ -36,23 +38,69 @@ def test_a_command_is_understood(name, words, monkeypatch):
     script.check_args(script.parse_args(), 1)
 
 
-def test_links_within_the_readme_lead_somewhere():
+def test_links_lead_somewhere():
     titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", TEXT, flags=re.S), re.M)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     links = re.findall(r"\]\(#([^)]*)\)", TEXT)
     assert len(links) > 5 and set(links) <= anchors
+    for path in re.findall(r"\]\(([\w./]+)\)", TEXT):
+        assert (ROOT / path).exists()
+
+
+def example(start):
+    """The block of Python in README that begins so."""
+    return re.search(rf"```python\n({re.escape(start)}.*?)```", TEXT, re.S)[1]
+
+
+def changed(script, pattern, new):
+    """A script with one place, found by a pattern, replaced."""
+    source = (ROOT / f"{script}.py").read_text()
+    source, count = re.subn(pattern, lambda _: new, source, flags=re.M | re.S)
+    assert count == 1
+    module = types.ModuleType(f"changed_{script}")
+    module.__file__ = f"changed_{script}.py"
+    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    return module
+
+
+def indented(text, by):
+    return "".join(f"{' ' * by}{line}\n" for line in text.splitlines())
+
+
+def test_an_encoder_of_ones_own_trains_and_is_judged():
+    block = example("from torchvision.models import mobilenet")
+    pattern = r"^def build_backbone\(.*?\n\n\n"
+    labelled_pictures()
+    changed("msf", pattern, f"{block}\n\n").main(tiny(msf, image_size=32))
+    judge = changed("eval_linear", pattern, f"{block}\n\n")
+    results = judge.main(judge.Args(checkpoint="runs/a/last.pt", epochs=1, num_workers=0))
+    assert set(results) == {"1-NN", "20-NN", "200-NN", "linear"}
+
+
+def test_a_constraint_of_ones_own_trains():
+    block = example("# in main of cmsf_semi.py")
+    script = changed(
+        "cmsf_semi", r"^    train.labels = choose_labels\([^\n]*\n", indented(block, 4)
+    )
+    for video in ("a", "b"):
+        for frame in range(8):
+            picture(f"photos/{video}/{frame}.jpg")
+    result = script.main(tiny(script))
+    assert 0 < result["loss"] < 4 and result["knn"] is None
+    given = torch.load(result["checkpoint"], weights_only=True)["model"]["given_labels"]
+    assert given.tolist() == [0] * 8 + [1] * 8
 
 
 def test_mixing_inside_msf_trains():
-    """The lines of README in place of the one that it names."""
-    block = re.search(r"# in MSF.forward, for the line `loss = ...`\n(.*?)```", TEXT, re.S)
-    lines = "".join(f"        {line}\n" for line in block[1].splitlines())
-    source = (ROOT / "msf.py").read_text()
-    changed, count = re.subn(r"        loss = mean_shift_loss\(.*\n", lines, source)
-    assert count == 1
-    script = types.ModuleType("mixed")
-    script.__file__ = "mixed.py"
-    exec(compile(changed, "mixed.py", "exec"), script.__dict__)
-    script.build_backbone = small_backbone
+    block = example("# in MSF.forward")
+    script = changed("msf", r"^        loss = mean_shift_loss\([^\n]*\n", indented(block, 8))
     labelled_pictures()
     assert 0 < script.main(tiny(script))["loss"] < 4
+
+
+def test_the_features_of_a_run_are_used(monkeypatch):
+    labelled_pictures()
+    msf.main(replace(tiny(msf), run_name="NAME"))
+    names = {}
+    exec(example("import torch\nimport msf"), names)
+    assert names["features"].shape == (8, 512)
