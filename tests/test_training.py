@@ -212,7 +212,7 @@ def test_the_learning_rate_rises_and_falls():
         (msf, {"image_size": 96, "num_workers": 1}),
         (cmsf_ssl, {}),
         (cmsf_ssl, {"constraint": "kmeans", "images_per_cluster": 4}),
-        (cmsf_semi, {}),
+        (cmsf_semi, {"labels": "50pct"}),
         (mnn, {}),
     ],
 )
