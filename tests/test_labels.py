@@ -162,6 +162,16 @@ def test_a_round_is_ten_passes_over_the_cached_images_with_given_labels():
     assert model.classifier_trained
 
 
+def test_nothing_is_predicted_before_the_first_round():
+    model = small_model(cmsf_semi, confidence=0.01)
+    weak, strong = torch.randn(2, 8, 3, 4, 4)
+    indices = torch.arange(8)
+    for coverage in (0, 1):
+        _, metrics = model(weak, strong, indices, indices % 3)
+        assert metrics["coverage"] == coverage
+        model.train_classifier()
+
+
 def test_without_two_cached_images_there_is_no_round():
     model = model_with_cache(1, torch.arange(40) % 3 - 1)
     model.train_classifier()

@@ -212,7 +212,7 @@ def test_the_learning_rate_rises_and_falls():
         (msf, {"image_size": 96, "num_workers": 1}),
         (cmsf_ssl, {}),
         (cmsf_ssl, {"constraint": "kmeans", "images_per_cluster": 4}),
-        (cmsf_semi, {}),
+        (cmsf_semi, {"labels": "50pct"}),
         (mnn, {}),
     ],
 )
@@ -440,15 +440,17 @@ def test_what_is_given_wins_over_the_recipe(script, monkeypatch):
 # ---- on a GPU, shown without one by fake tensors, which have a device and no numbers
 
 
-class NoCopies(TorchDispatchMode):
-    """Fails on a copy between devices: a host that copies from unpinned memory waits for the GPU.
-    What waits for a number (item, nonzero) is refused by fake tensors themselves."""
+class OneDevice(TorchDispatchMode):
+    """Fails where two devices meet: a host that copies from unpinned memory waits for the GPU. What
+    waits for a number (item, nonzero) is refused by fake tensors themselves."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if "copy" in str(function):
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
-            assert len({tensor.device for tensor in tensors}) == 1, f"{function} between devices"
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
+        if "copy" not in str(function) and "index_put" not in str(function):
+            # Other functions take a number of the host's as it is.
+            tensors = [tensor for tensor in tensors if tensor.dim() > 0]
+        assert len({tensor.device for tensor in tensors}) <= 1, f"{function} between devices"
         return result
 
 
@@ -474,7 +476,7 @@ def test_views_and_step_never_wait_for_the_device(script, monkeypatch):
             state[name] = fake.requires_grad_(value.requires_grad)
         images = torch.empty(64, 3, 16, 16, device="cuda")
         labels = torch.empty(64, dtype=torch.int64, device="cuda")
-        with NoCopies():
+        with OneDevice():
             weak = script.weak_view(script.random_crop(images, args), args)
             strong = script.strong_view(script.random_crop(images, args), args)
             batch = arguments(script, weak, strong, labels, labels)
