@@ -134,6 +134,8 @@ def check_args(args, world_size):
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
         raise SystemExit(f"--batch-size: need 2 or more for each of {world_size} equal processes")
+    if args.run_name is not None and Path(args.run_name).name != args.run_name:
+        raise SystemExit("--run-name is the name of a folder in runs/, without a path")
     if not args.topk <= args.batch_size <= args.bank_size:
         raise SystemExit("need --topk <= --batch-size (rows of the first step) <= --bank-size")
     if not 0 < args.confidence <= 1:
@@ -386,9 +388,9 @@ def load_split(args, is_train):
 def list_files(root, is_train, need_classes):
     """Paths of a split's image files, and their labels. The class of a file is the first folder
     below train/ or val/ in which it lies; in none, or in unlabelled/, its label is -1. If there is
-    no train/ and no need for classes, all files in root are for training, without labels."""
+    neither and no need for classes, all files in root are for training, without labels."""
     folder = root / ("train" if is_train else "val")
-    if is_train and not need_classes and not folder.is_dir():
+    if is_train and not need_classes and not folder.is_dir() and not (root / "val").is_dir():
         folder = root
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
@@ -557,7 +559,7 @@ def listed_images(path, data):
             chosen.append(found[0][0])
         elif name:
             places = ", ".join(place for _, place in (found or same_name)[:3])
-            faults.append(f"{name} ({len(found)} match; there are: {places or 'none'})")
+            faults.append(f"{name} ({len(found)} match; of this name: {places or 'none'})")
     if faults:
         shown = ", ".join(faults[:3])
         raise SystemExit(f"{path}: {len(faults)} line(s) do not name one labelled image: {shown}")
@@ -704,11 +706,13 @@ def check_data(args, train, test, world_size):
     if args.bank_size > n:
         lines.append(f"--bank-size is above {n}: the bank holds several embeddings of an image")
     if args.warmup_epochs >= args.epochs:
-        lines.append("--warmup-epochs is as long as the run: the learning rate never falls")
+        lines.append(
+            "--warmup-epochs is as long as the run (fine for a trial): the rate never falls"
+        )
     if labelled == 0:
-        lines.append("no training image has a label: no purity and no k-NN accuracy")
+        lines.append("no image in train/CLASS/, so none has a label: no purity, no k-NN accuracy")
     elif tested == 0:
-        lines.append("no test image has a label: no k-NN accuracy")
+        lines.append("no test image in val/CLASS/ of a class of train/: no k-NN accuracy")
     return lines
 
 
@@ -786,30 +790,33 @@ def resume(path, args, n, model, optimizer):
     if state["images"] != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
+    if state["epoch"] > args.epochs:
+        raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
+    changes = []
+    for name, value in vars(args).items():
+        old = state["args"].get(name)
+        if value != old:
+            changes.append(f"--{name.replace('_', '-')} is now {value}, was {old}")
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        sizes = "--arch, --stem, --bank-size or --labels"
-        fault = f"{path} is of another script, or has another {sizes}"
-        raise SystemExit(f"{fault}: choose a new --run-name") from error
+        why = ", ".join(changes) or "it is of another script"
+        raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     model.bank.pushed = state["pushed"]
     given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(given)  # not the old momentum and weight decay
-    lines = [f"continuing after epoch {state['epoch']}"]
-    for name, value in vars(args).items():
-        old = state["args"].get(name)
-        if value != old:
-            lines.append(f"--{name.replace('_', '-')} is now {value}, was {old}")
-    return state["epoch"], lines
+    return state["epoch"], [f"continuing after epoch {state['epoch']}", *changes]
 
 
 @contextlib.contextmanager
 def failures_explained():
-    """Around main: one line for a file that cannot be read or written, and a hint where processes
-    that read images fail."""
+    """Around main: one line for Ctrl-C and for a file that cannot be read or written, and a hint
+    where processes that read images fail."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
     except OSError as error:
         # What a worker raises comes with its traceback: the last line is what it said.
         raise SystemExit(str(error).strip().split("\n")[-1]) from error

@@ -658,9 +658,9 @@ def load_split(args, is_train):
 def list_files(root, is_train, need_classes):
     """Paths of a split's image files, and their labels. The class of a file is the first folder
     below train/ or val/ in which it lies; in none, or in unlabelled/, its label is -1. If there is
-    no train/ and no need for classes, all files in root are for training, without labels."""
+    neither and no need for classes, all files in root are for training, without labels."""
     folder = root / ("train" if is_train else "val")
-    if is_train and not need_classes and not folder.is_dir():
+    if is_train and not need_classes and not folder.is_dir() and not (root / "val").is_dir():
         folder = root
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
@@ -820,7 +820,7 @@ def listed_images(path, data):
             chosen.append(found[0][0])
         elif name:
             places = ", ".join(place for _, place in (found or same_name)[:3])
-            faults.append(f"{name} ({len(found)} match; there are: {places or 'none'})")
+            faults.append(f"{name} ({len(found)} match; of this name: {places or 'none'})")
     if faults:
         shown = ", ".join(faults[:3])
         raise SystemExit(f"{path}: {len(faults)} line(s) do not name one labelled image: {shown}")
@@ -897,10 +897,12 @@ def standardize(images):
 
 @contextlib.contextmanager
 def failures_explained():
-    """Around main: one line for a file that cannot be read or written, and a hint where processes
-    that read images fail."""
+    """Around main: one line for Ctrl-C and for a file that cannot be read or written, and a hint
+    where processes that read images fail."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
     except OSError as error:
         # What a worker raises comes with its traceback: the last line is what it said.
         raise SystemExit(str(error).strip().split("\n")[-1]) from error
@@ -942,7 +944,9 @@ def main(args):
     content = {}
     if args.checkpoint is not None:
         content = read_file(args.checkpoint)
-    args = complete_args(args, content["args"] if is_own(content) else {})
+    run = content["args"] if is_own(content) else {}
+    args = complete_args(args, run)
+    trained_labels = run.get("labels")  # of cmsf_semi.py
     step = content["step"] if is_own(content) else 0
     torch.manual_seed(args.seed)
     projector = []
@@ -983,6 +987,8 @@ def main(args):
     if rank == 0:
         print(source)
         print(f"{args.dataset}: {num_voters} labelled training images, {num_tested} of the test")
+        if args.labels is None and trained_labels is not None:
+            print(f"all labels vote and train; to leave out others, --labels {trained_labels}")
         if args.fine_tune:
             print(f"fine-tuning with a projector of {len(projector)} layers", flush=True)
     name = "eval" if args.baseline is None else f"eval-{args.baseline}"

@@ -51,6 +51,13 @@ def test_a_folder_without_train_holds_pictures_without_labels():
     assert len(load(is_train=False).labels) == 0
 
 
+def test_test_pictures_do_not_train():
+    picture("photos/a.jpg")
+    picture("photos/val/cat/b.jpg")
+    with pytest.raises(SystemExit, match="no images in .*photos/train"):
+        load()
+
+
 @pytest.mark.parametrize("name", ["unlabelled", "unlabeled"])
 def test_unlabelled_pictures_beside_classes(name):
     picture("photos/train/cat/1.jpg")

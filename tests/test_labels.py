@@ -103,11 +103,14 @@ def test_a_line_may_be_an_absolute_path_or_several_folders_deep(data):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("1.jpg", r"1 line.s. .*: 1.jpg \(2 match; there are: .*/cat/1.jpg, .*/dog/1.jpg\)"),
+        ("1.jpg", r"1 line.s. .*: 1.jpg \(2 match; of this name: .*/cat/1.jpg, .*/dog/1.jpg\)"),
         ("images/2.jpg", r"1 line.s. .*: images/2.jpg \(2 match; .*/cat/.*, .*/dog/.*\)"),
-        ("x.jpg\na.jpg\ny.jpg", r"2 line.s. .*: x.jpg \(0 match; there are: none\), y.jpg .*"),
+        ("x.jpg\na.jpg\ny.jpg", r"2 line.s. .*: x.jpg \(0 match; of this name: none\), y.jpg .*"),
         ("t/1.jpg", r"1 line.s. .*: t/1.jpg \(0 match; .*/cat/1.jpg, .*\)"),  # whole names only
-        ("u.jpg", r"1 line.s. .*: u.jpg \(0 match; there are: none\)"),  # an image without a label
+        (
+            "u.jpg",
+            r"1 line.s. .*: u.jpg \(0 match; of this name: none\)",
+        ),  # an image without a label
         ("", "gives no training image a label"),
         ("\ufeff\r\n\r\n", "gives no training image a label"),
     ],

@@ -117,7 +117,7 @@ def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(s
     result = script.main(tiny(script))
     assert math.isfinite(result["loss"]) and result["knn"] is None
     lines = capsys.readouterr().out.splitlines()
-    assert "no training image has a label: no purity and no k-NN accuracy" in lines
+    assert "no image in train/CLASS/, so none has a label: no purity, no k-NN accuracy" in lines
     assert not any(re.search(r"%|purity \d|nan", line) for line in lines)
     tags = EventAccumulator("runs/a").Reload().Tags()["scalars"]
     assert "loss" in tags and "purity" not in tags and "knn" not in tags
@@ -136,7 +136,7 @@ def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
     msf.main(tiny(msf, bank_size=64, warmup_epochs=2.0))
     lines = capsys.readouterr().out.splitlines()[:4]
     assert "--bank-size is above 16: the bank holds several embeddings of an image" in lines
-    assert "--warmup-epochs is as long as the run: the learning rate never falls" in lines
+    assert "--warmup-epochs is as long as the run (fine for a trial): the rate never falls" in lines
 
 
 @pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
@@ -227,7 +227,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, changes, monkey
             raise KeyboardInterrupt
         return order(n, epoch, *given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):
         patch.setattr(script, "epoch_order", stop_in_the_second_epoch)
         script.main(args)
     assert checkpoint()["epoch"] == 1
@@ -265,11 +265,18 @@ def test_a_run_does_not_continue_on_another_number_of_images():
 def test_a_run_does_not_continue_with_other_sizes_or_another_script():
     labelled_pictures()
     msf.main(tiny(msf))
-    message = r"^runs/a/last.pt is of another script, or [^\n]*$"
+    message = r"^runs/a/last.pt does not fit: .*--bank-size is now 24, was 16. Choose [^\n]*$"
     with pytest.raises(SystemExit, match=message):
         msf.main(tiny(msf, epochs=3, bank_size=24))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=r"^runs/a/last.pt does not fit: .*--constraint is now"):
         cmsf_ssl.main(tiny(cmsf_ssl, epochs=3))
+
+
+def test_a_run_does_not_go_back():
+    labelled_pictures()
+    msf.main(tiny(msf))
+    with pytest.raises(SystemExit, match="last.pt has 2 epochs, more than --epochs 1"):
+        msf.main(tiny(msf, epochs=1))
 
 
 # ---- failures
@@ -378,6 +385,7 @@ ROWS = "need --topk <= --batch-size (rows of the first step)"
     "scripts, world_size, changes, message",
     [
         (METHODS, 1, {"epochs": 0}, "--epochs must be at least 1"),
+        (METHODS, 1, {"run_name": "runs/a"}, "--run-name is the name of a folder in runs/"),
         (METHODS, 1, {"topk": 9}, ROWS),
         (METHODS, 1, {"bank_size": 7}, ROWS),
         (METHODS, 8, {}, "--batch-size: need 2 or more for each of 8 equal processes"),
