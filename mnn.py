@@ -79,10 +79,10 @@ class Args:
     arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet10"  # backbone
     # imagenet: 7x7/2, max-pool; small: 3x3; small-pool: 3x3, max-pool; small-stride: 3x3/2
     stem: Literal["imagenet", "small", "small-pool", "small-stride"] = "small-stride"
-    epochs: int = 36  # passes over the training images
-    batch_size: int = 32  # images per step, over all processes
+    epochs: int = 45  # passes over the training images
+    batch_size: int = 64  # images per step, over all processes
     lr: float = 0.1  # highest learning rate of SGD
-    warmup_epochs: float = 2.0  # linear warm-up before the cosine decay
+    warmup_epochs: float = 3.0  # linear warm-up before the cosine decay
     momentum: float = 0.9  # of SGD
     weight_decay: float = 2e-3  # of SGD
 
