@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import METHODS, small_model, unit
+from scripts import FAKE_GPU, METHODS, small_model, unit
 from test_losses import mean_shift_loss, nearest
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +53,7 @@ class Products(TorchDispatchMode):
         return result
 
 
+@FAKE_GPU
 @pytest.mark.parametrize("script", METHODS)
 def test_search_and_loss_stay_in_float32_where_networks_are_in_bfloat16(script, autocast):
     """Shown without a GPU by fake tensors, which have a device and no numbers."""

@@ -18,6 +18,7 @@ import torch
 import torchvision
 from scripts import (
     CPU,
+    FAKE_GPU,
     METHODS,
     arguments,
     assert_same_state,
@@ -462,6 +463,7 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
+@FAKE_GPU
 @pytest.mark.parametrize("script", METHODS)
 def test_views_and_step_never_wait_for_the_device(script, monkeypatch):
     changes = {"norm_layer": partial(mnn.SplitBatchNorm, splits=8)} if script is mnn else {}
