@@ -373,10 +373,11 @@ def judge_fine_tuned(network, train, test, args, rank, world_size):
 
 
 def tell(results, rank):
-    """Print accuracies, a line each."""
+    """The first process prints accuracies, a line each."""
+    if rank != 0:
+        return
     for judge, result in results.items():
-        if rank == 0:
-            print(f"{judge:>10} {result:6.2f}%", flush=True)
+        print(f"{judge:>10} {result:6.2f}%", flush=True)
 
 
 def percent(right):
@@ -432,13 +433,8 @@ def draw_neighbors(train, test, voters, shown, features, queries):
 
 
 OWN = "model.online.0."  # what the backbone's names begin with in a checkpoint of these scripts
-USUAL = [
-    "online.0.",
-    "",
-    "encoder_q.",
-    "backbone.",
-    "teacher.backbone.",
-]  # best first; without state_dict. and model.
+# Elsewhere, the best first, without "state_dict." and "model.".
+USUAL = ["online.0.", "", "encoder_q.", "backbone.", "teacher.backbone."]
 
 
 def read_file(path):
@@ -986,7 +982,7 @@ def main(args):
     can_judge = num_voters > 0 and num_tested > 0
     if rank == 0:
         print(source)
-        print(f"{args.dataset}: {num_voters} labelled training images, {num_tested} of the test")
+        print(f"{args.dataset}: {num_voters} training and {num_tested} test images with labels")
         if args.labels is None and trained_labels is not None:
             print(f"all labels vote and train; to leave out others, --labels {trained_labels}")
         if args.fine_tune:

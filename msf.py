@@ -630,21 +630,24 @@ def resume(path, args, n, model, optimizer):
     """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
     SystemExit if the number of images or the model is another."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["images"] != n:
+    if state.get("images", n) != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
-    if state["epoch"] > args.epochs:
-        raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
+    old_args = state.get("args", {})  # like the images, missing in files of other projects
     changes = []
     for name, value in vars(args).items():
-        old = state["args"].get(name)
+        old = old_args.get(name)
         if value != old:
             changes.append(f"--{name.replace('_', '-')} is now {value}, was {old}")
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        why = ", ".join(changes) or "it is of another script"
+        why = "it is of another script"
+        if old_args and changes:
+            why = ", ".join(changes)
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
+    if state["epoch"] > args.epochs:
+        raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
     model.bank.pushed = state["pushed"]
     given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
@@ -735,7 +738,8 @@ def main(args):
         # all of them push the same rows into their banks.
         parallel_model.broadcast_buffers = False
     if rank == 0:
-        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)  # makes it
+        # This makes the folder.
+        writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
         writer.add_text("args", str(args))
         lines.append(f"training on {world_size} x {device.type}, writing to {folder}")
         print(*lines, sep="\n", flush=True)
