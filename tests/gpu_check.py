@@ -11,6 +11,7 @@ process of its own, so that no other part is lost if it fails, hangs or runs out
 
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
@@ -217,6 +219,7 @@ class Trainer:
 
         self.model = build_model(self.script, args, self.labels)
         self.model = self.model.to(device, memory_format=torch.channels_last)
+        self.parallel_model = self.model
         fill_bank(self.model.bank, size)
         self.share_networks(self.model.online, self.model.predictor, self.model.target)
 
@@ -238,6 +241,14 @@ class Trainer:
             weights, args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
         )
 
+    def parallelize(self, on_gpu):
+        """Let the processes of the group train the model together, as main does."""
+        if on_gpu:
+            for network in (self.model.online, self.model.predictor, self.model.target):
+                nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.parallel_model = nn.parallel.DistributedDataParallel(self.model)
+        self.parallel_model.broadcast_buffers = False
+
     def autocast(self):
         on_gpu = self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu)
@@ -249,25 +260,34 @@ class Trainer:
         images = self.images[self.indices] / 255
         return [self.script.random_crop(images, self.args) for _ in range(self.num_crops)]
 
-    def whole_step(self):
-        """Crops, views, networks, search, loss, optimizer and moving average."""
-        script = self.script
+    def views(self):
+        """Random crops and views of a batch: weak, strong, and a third if there is one."""
         crops = self.crops()
-        weak = script.weak_view(crops[0], self.weak_args)
-        strong = script.strong_view(crops[1], self.args)
-        third = None
+        views = [self.script.weak_view(crops[0], self.weak_args)]
+        views.append(self.script.strong_view(crops[1], self.args))
         if self.num_crops == 3:
-            third = script.weak_view(crops[2], self.args)
+            views.append(self.script.weak_view(crops[2], self.args))
+        return views
+
+    def whole_step(self):
+        """Crops, views, networks, search, loss, optimizer and moving average. Returns the loss."""
+        weak, strong, *third = self.views()
         labels = self.labels[self.indices]
         with self.autocast():
-            if script in (msf, mnn):
-                loss, _ = self.model(weak, strong, labels)
-            elif script is cmsf_ssl:
-                loss, _ = self.model(weak, strong, third, labels, self.indices)
+            if self.script in (msf, mnn):
+                loss, _ = self.parallel_model(weak, strong, labels)
+            elif self.script is cmsf_ssl:
+                third_view = third[0] if third else None
+                loss, _ = self.parallel_model(weak, strong, third_view, labels, self.indices)
             else:
-                loss, _ = self.model(weak, strong, self.indices, labels)
+                loss, _ = self.parallel_model(weak, strong, self.indices, labels)
         self.optimizer.zero_grad()
         loss.backward()
+        self.update()
+        return loss.detach()
+
+    def update(self):
+        """The optimizer and the moving average."""
         self.optimizer.step()
         self.model.update_target()
 
@@ -379,12 +399,26 @@ def works(args, report, folder):
     for method in STEPPING:
         report.guarded(method, step_without_waiting, method, size, report)
 
+    backend = "nccl" if on_gpu else "gloo"
+    report.write(f"\n## works: a step under DDP with {backend}, one process, as main sets it up")
+    report.table("method", "result", "loss, and without DDP")
+    start_process_group(backend)
+    for method in STEPPING:
+        report.guarded(method, step_under_ddp, method, size, report)
+    dist.destroy_process_group()
+
     epochs = 1 if args.small else 2
     runs = {method: training_words(method, run_name(method), epochs) for method in METHODS}
     if on_gpu:
         runs["MSF, --compile"] = training_words("MSF", "msf-compiled", epochs) + ["--compile"]
     if args.small:
         runs = {name: words + ["--image-size", "8"] for name, words in runs.items()}
+    pictures = folder / "pictures"
+    write_pictures(pictures, side=120)
+    words = ["--dataset", "folder", "--data-dir", str(pictures), "--image-size", "96"]
+    words += ["--arch", "resnet10", "--batch-size", "16", "--bank-size", "64"]
+    from_files = training_words("MSF", "msf-files", epochs) + words
+    runs["MSF, files of 120 pixels read by workers"] = from_files
     report.write(f"\n## works: whole runs, digits, --epochs {epochs}, several runs side by side")
     report.table("run", "seconds", "result")
 
@@ -402,7 +436,7 @@ def works(args, report, folder):
         top1, seconds = judge(name, ["--epochs", "2"], folder, report.seconds_left())
         return f"{seconds:.0f}", accuracies(top1)
 
-    jobs = 4 if on_gpu else 2
+    jobs = 9 if on_gpu else 2
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(train, words): name for name, words in runs.items()}
         write_results(futures, report)
@@ -442,6 +476,30 @@ def step_without_waiting(method, size, report):
             torch.cuda.set_sync_debug_mode("default")
         memory = peak_memory()
     report.row(method, "never waits" if on_gpu else "runs (no GPU: not checked)", memory)
+
+
+def start_process_group(backend):
+    """A process group of this process alone, as torchrun --nproc_per_node=1 would have it."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29876"}
+    device = torch.device("cuda", 0) if backend == "nccl" else None
+    dist.init_process_group(backend, rank=0, world_size=1, device_id=device)
+
+
+def step_under_ddp(method, size, report):
+    """Two steps with DistributedDataParallel and SyncBatchNorm, and the same two without."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    losses = []
+    for parallel in (True, False):
+        torch.manual_seed(0)
+        trainer = Trainer(method, size, device)
+        if parallel:
+            trainer.parallelize(on_gpu)
+        trainer.whole_step()
+        losses.append(trainer.whole_step().item())
+    with_ddp, without = losses
+    alike = abs(with_ddp - without) < 0.05
+    report.row(method, "the same" if alike else "NOT the same", f"{with_ddp:.4f}, {without:.4f}")
 
 
 def peak_memory():
@@ -553,7 +611,8 @@ def step(args, report, folder):
         report.write(f"Goal for {size.name}: at most {size.goal}% for all but the networks.")
     report.write("Goal for MNN on CIFAR-10 (50,000 images, 200 epochs): at most 10 minutes.")
     names = ("method", "compiled", "whole step", "networks alone", "the rest, %", "goal")
-    report.table("size", *names, "peak GiB", "first step, s")
+    more_names = ("views, ms", "update, ms", "peak GiB", "first step, s")
+    report.table("size", *names, *more_names)
 
     # Those that have the same networks share them: compiling takes long.
     families = [[method for method in STEPPING if method != "MNN"], ["MNN"]]
@@ -587,7 +646,12 @@ def step_row(method, size, device, networks, compiled, report):
     if on_gpu:
         torch.cuda.synchronize()
     first_step = time.time() - started
-    functions = {"whole": trainer.whole_step, "networks": trainer.networks_alone}
+    functions = {
+        "whole": trainer.whole_step,
+        "networks": trainer.networks_alone,
+        "views": trainer.views,
+        "update": trainer.update,
+    }
     seconds = median_seconds(functions, size.rounds, calls=10 if on_gpu else 1)
 
     batch = trainer.args.batch_size
@@ -605,6 +669,8 @@ def step_row(method, size, device, networks, compiled, report):
         f"{speeds['networks']:,.0f}",
         f"{rest:.1f}",
         goal,
+        f"{1000 * seconds['views']:.2f}",
+        f"{1000 * seconds['update']:.2f}",
         peak_memory() if on_gpu else "",
         f"{first_step:.1f}",
     )
@@ -619,7 +685,7 @@ def learning(args, report, folder):
     data = folder / "glyphs"
     started = time.time()
     if args.small:
-        write_small_pictures(data)
+        write_pictures(data, side=32)
     elif args.glyphs.is_file():
         expand = [sys.executable, str(args.glyphs), str(data)]
         subprocess.run(expand, check=True, timeout=report.seconds_left())
@@ -658,14 +724,14 @@ def learning(args, report, folder):
         write_results(futures, report)
 
 
-def write_small_pictures(folder):
+def write_pictures(folder, side):
     """A few random pictures, of two classes."""
     for split, count in (("train", 32), ("val", 8)):
         for label in ("dark", "light"):
             place = folder / split / label
             place.mkdir(parents=True)
             for i in range(count):
-                image = torch.rand(3, 32, 32) / 2
+                image = torch.rand(3, side, side) / 2
                 if label == "light":
                     image = image + 0.5
                 to_pil_image(image).save(place / f"{i}.png")
