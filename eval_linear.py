@@ -762,7 +762,8 @@ class ImageData:
                 if crops == 0:
                     yield [images]
                 else:
-                    yield [random_crop(images, self.args) for _ in range(crops)]
+                    copies = images.repeat(crops, 1, 1, 1)  # a crop of each, in one call
+                    yield list(random_crop(copies, self.args).chunk(crops))
 
     def read_files(self, order, crops):
         """For each batch of indices [b] in order, uint8 [b, max(1, crops), 3, S, S]."""

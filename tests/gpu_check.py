@@ -138,6 +138,27 @@ def met(goal_is_met):
 # ======== measuring ========
 
 
+def set_up_gpu():
+    """As main does."""
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+
+
+def gpu_milliseconds(function, calls=3):
+    """Milliseconds that the GPU works for a call, however slow the host is: the sum over its
+    kernels."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    return sum(event.self_device_time_total for event in kernels) / calls / 1000
+
+
 def median_seconds(functions, rounds, calls):
     """Median seconds of a call of each function of a dict. They take turns: in a round, each is
     called `calls` times between two synchronizations. A first round warms up."""
@@ -378,7 +399,7 @@ def sizes_to_measure(small):
             Size("ResNet-10, 96 pixels", "imagenet", imagenet_changes, 100, 10, 10, 1),
         ]
     return [
-        Size("ResNet-18, 32 pixels", "cifar10", cifar_changes, 50_000, 10, 15, 8),
+        Size("ResNet-18, 32 pixels", "cifar10", cifar_changes, 50_000, 10, 15, 5),
         Size("ResNet-50, 224 pixels", "imagenet", imagenet_changes, 1_281_167, 1000, 10, 3),
     ]
 
@@ -390,7 +411,7 @@ def works(args, report, folder):
     """Does every script run on the device, without waiting for it within a step?"""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.backends.cudnn.benchmark = True
+        set_up_gpu()
     report.write(
         "\n## works: one step, from crops to moving average; to wait for the GPU is an error"
     )
@@ -509,28 +530,17 @@ def peak_memory():
 # ======== part: search ========
 
 
-BLOCK = 512  # columns of which the block search takes the maximum
-
-
-def plain_search(similarities, k):
-    """Indices [b, k] of the k largest of each row of similarities [b, M], the largest first."""
-    return similarities.topk(k, dim=1).indices
-
-
-def block_search(similarities, k):
-    """The same, exactly, for M a multiple of BLOCK: a number among the k largest lies in one of the
-    k blocks with the largest maxima, since each block ahead of its own holds a larger number."""
-    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, M / BLOCK, BLOCK]
-    best = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k], the blocks
-    candidates = blocks.gather(1, best[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
-    found = candidates.flatten(1).topk(k, dim=1).indices  # [b, k], among the candidates
-    return best.gather(1, found // BLOCK) * BLOCK + found % BLOCK
+def by_topk(similarities, k):
+    """What the scripts' largest(similarities, k) gives, by one topk."""
+    return similarities.topk(k, dim=1)
 
 
 def search(args, report, folder):
     """How much longer than the product of targets and bank does the search for neighbours take?"""
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
+    if on_gpu:
+        set_up_gpu()
     batch, dim = (16, 64) if args.small else (256, 512)
     bank_sizes = [8_192, 16_384] if args.small else [128_000, 1_024_000]
     # From bfloat16 to float32: the sums are kept as they are, and not rounded to 8 bits.
@@ -546,13 +556,21 @@ def search(args, report, folder):
         targets = near_centers(centers, batch)
         torch.set_float32_matmul_precision("highest")
         similarities = targets @ bank.T
-        expected = {k: plain_search(similarities, k) for k in (5, 10)}
+        expected = {k: by_topk(similarities, k).indices for k in (5, 10)}
         del similarities
         is_goal = bank_size == bank_sizes[-1]
         for precision in precisions:
             label = f"{bank_size:,} {precision}"
             values = (targets, bank, precision, expected, is_goal, report)
             report.guarded(label, search_rows, *values)
+        del bank, expected
+
+    size = sizes_to_measure(args.small)[1]
+    if not args.small:
+        size.changes = {}  # ImageNet's own: batches of 256, and a bank of 1,024,000
+    report.write(f"\n{size.name}, MSF, a whole step, with a full bank")
+    report.table("M", "batch", "product in", "search", "ms", "share of the first, %")
+    report.guarded("whole step", search_within_a_step, size, torch.device(device), report)
 
 
 def near_centers(centers, n):
@@ -579,20 +597,42 @@ def search_rows(targets, bank, precision, expected, is_goal, report):
 
     searches = {}
     for k in expected:
-        searches[f"topk {k}"] = partial(product_and_search, plain_search, k)
-        searches[f"block maxima, topk {k}"] = partial(product_and_search, block_search, k)
+        searches[f"topk {k}"] = partial(product_and_search, by_topk, k)
+        searches[f"largest {k}, as in the scripts"] = partial(product_and_search, msf.largest, k)
     seconds = median_seconds({"product alone": product} | searches, rounds=5, calls=10)
     alone = seconds["product alone"]
     head = (f"{len(bank):,}", precision)
     report.row(*head, "product alone", f"{1000 * alone:.3f}", "1.00", "", "")
     for name, find in searches.items():
-        found = find()
+        _, found = find()
         wanted = expected[found.shape[1]]
         recall = (found[:, :, None] == wanted[:, None]).any(dim=2).float().mean().item()
         ratio = seconds[name] / alone
         goal = met(ratio <= 1.5) if is_goal else ""
         milliseconds = f"{1000 * seconds[name]:.3f}"
         report.row(*head, name, milliseconds, f"{ratio:.2f}", f"{100 * recall:.2f}", goal)
+
+
+def search_within_a_step(size, device, report):
+    """What a whole step gains by each kind of search."""
+    trainer = Trainer("MSF", size, device)
+    largest = msf.largest
+
+    def whole_step(precision, find):
+        torch.set_float32_matmul_precision("high" if precision == "TF32" else "highest")
+        msf.largest = find
+        trainer.whole_step()
+        msf.largest = largest
+
+    steps = {}
+    for precision in ("fp32", "TF32"):
+        steps[precision, "topk"] = partial(whole_step, precision, by_topk)
+        steps[precision, "largest"] = partial(whole_step, precision, largest)
+    seconds = median_seconds(steps, rounds=3, calls=4 if device.type == "cuda" else 1)
+    first = seconds["fp32", "topk"]
+    head = (f"{trainer.args.bank_size:,}", trainer.args.batch_size)
+    for (precision, name), value in seconds.items():
+        report.row(*head, precision, name, f"{1000 * value:.2f}", f"{100 * value / first:.1f}")
 
 
 # ======== part: step ========
@@ -603,16 +643,18 @@ def step(args, report, folder):
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     if on_gpu:
-        torch.backends.cudnn.benchmark = True
+        set_up_gpu()
     sizes = sizes_to_measure(args.small)
     report.write("\n## step: images/s of a whole step, and of its networks alone")
     report.write("Without reading files, k-means and the classifier's rounds, which no step has.")
     for size in sizes:
         report.write(f"Goal for {size.name}: at most {size.goal}% for all but the networks.")
     report.write("Goal for MNN on CIFAR-10 (50,000 images, 200 epochs): at most 10 minutes.")
-    names = ("method", "compiled", "whole step", "networks alone", "the rest, %", "goal")
-    more_names = ("views, ms", "update, ms", "peak GiB", "first step, s")
-    report.table("size", *names, *more_names)
+    if on_gpu:
+        report.write(f"The host needs {host_microseconds():.0f} us to start one kernel.")
+    names = ("method", "compiled", "whole step", "networks alone", "the rest, %")
+    gpu_names = ("GPU ms, whole", "networks", "the rest, %")
+    report.table("size", *names, *gpu_names, "goal: by time; by GPU", "peak GiB", "first step, s")
 
     # Those that have the same networks share them: compiling takes long.
     families = [[method for method in STEPPING if method != "MNN"], ["MNN"]]
@@ -634,6 +676,17 @@ def step(args, report, folder):
                 del networks
 
 
+def host_microseconds():
+    """Time of the host for an operation that is nothing to the GPU."""
+    number = torch.zeros((), device="cuda")
+
+    def add_often():
+        for _ in range(1000):
+            number.add_(1)
+
+    return median_seconds({"add": add_often}, rounds=3, calls=1)["add"] * 1000
+
+
 def step_row(method, size, device, networks, compiled, report):
     on_gpu = device.type == "cuda"
     trainer = Trainer(method, size, device)
@@ -646,18 +699,20 @@ def step_row(method, size, device, networks, compiled, report):
     if on_gpu:
         torch.cuda.synchronize()
     first_step = time.time() - started
-    functions = {
-        "whole": trainer.whole_step,
-        "networks": trainer.networks_alone,
-        "views": trainer.views,
-        "update": trainer.update,
-    }
-    seconds = median_seconds(functions, size.rounds, calls=10 if on_gpu else 1)
+    functions = {"whole": trainer.whole_step, "networks": trainer.networks_alone}
+    seconds = median_seconds(functions, size.rounds, calls=5 if on_gpu else 1)
 
     batch = trainer.args.batch_size
     speeds = {name: batch / value for name, value in seconds.items()}
     rest = 100 * (1 - seconds["networks"] / seconds["whole"])
     goal = met(rest <= size.goal)
+    gpu_cells = ("", "", "")
+    if on_gpu:
+        whole = gpu_milliseconds(trainer.whole_step)
+        networks = gpu_milliseconds(trainer.networks_alone)
+        gpu_rest = 100 * (1 - networks / whole)
+        gpu_cells = (f"{whole:.2f}", f"{networks:.2f}", f"{gpu_rest:.1f}")
+        goal += f"; {met(gpu_rest <= size.goal)}"
     if method == "MNN" and size.dataset == "cifar10":
         minutes = 200 * 50_000 / speeds["whole"] / 60
         goal += f"; {minutes:.1f} minutes for 200 epochs: {met(minutes < 10)}"
@@ -668,9 +723,8 @@ def step_row(method, size, device, networks, compiled, report):
         f"{speeds['whole']:,.0f}",
         f"{speeds['networks']:,.0f}",
         f"{rest:.1f}",
+        *gpu_cells,
         goal,
-        f"{1000 * seconds['views']:.2f}",
-        f"{1000 * seconds['update']:.2f}",
         peak_memory() if on_gpu else "",
         f"{first_step:.1f}",
     )

@@ -1,5 +1,7 @@
 """The search and the memory bank against slow and obvious versions."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,21 @@ def test_neighbours_equal_a_full_sort(script, m, k):
     bank = unit(m, 8)
     found = script.nearest_neighbors(targets, bank, k)
     assert found.tolist() == [nearest(target, bank, k) for target in targets]
+
+
+@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_largest_of_a_long_row_equal_a_full_sort(script, k):
+    m = 16 * k * script.BLOCK
+    similarities = torch.randn(6, m)
+    similarities[1, 700 : 700 + k] = 9  # all of them in one block, and equal
+    similarities[2] = similarities[2].round()  # ties
+    similarities[3, 1:] = -math.inf  # fewer than k rows
+    for row in (similarities, similarities[:, : m - 1], similarities[:, : m // 2]):
+        values, indices = script.largest(row, k)
+        assert values.equal(row.sort(dim=1, descending=True).values[:, :k])
+        assert row.gather(1, indices).equal(values)
+        assert all(len(found.unique()) == k for found in indices)
 
 
 @pytest.mark.parametrize("script", METHODS)
