@@ -154,7 +154,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("embeddings", torch.zeros(size, dim))
         self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("true_labels", torch.full((size,), -1))
-        # Rows ever pushed: on the host, so that no step waits for the device. main saves it.
+        # Rows ever pushed. On the host, so that no step waits for the device; not in state_dict,
+        # so that main saves it by itself.
         self.pushed = 0
 
     def __len__(self):
@@ -170,22 +171,26 @@ class MemoryBank(nn.Module):
         self.pushed += len(labels)
 
 
-BLOCK = 512
+BLOCK = 512  # columns
 
 
 def largest(similarities, k):
-    """Values and indices [b, k] of the k largest of each row of similarities [b, M], as topk gives
-    them, but sooner if M is large: they lie in the k blocks of columns with the largest maxima."""
-    if similarities.shape[1] % BLOCK != 0 or similarities.shape[1] < 16 * k * BLOCK:
+    """Values and indices [b, k] of the k largest of each row of similarities [b, M], the largest
+    first: topk, but faster where M is large. Only the k blocks of columns with the largest maxima
+    are searched: each of them holds a number that is at least as large as all in other blocks."""
+    columns = similarities.shape[1]
+    # Worth it where the chosen blocks are a small part of the row.
+    if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, M / BLOCK, BLOCK]
-    best = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
-    candidates = blocks.gather(1, best[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
-    values, found = candidates.flatten(1).topk(k, dim=1)  # found: of k * BLOCK columns
-    return values, best.gather(1, found // BLOCK) * BLOCK + found % BLOCK
+    chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
+    candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
+    values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
+    block = chosen.gather(1, found // BLOCK)
+    return values, block * BLOCK + found % BLOCK
 
 
-@torch.autocast("cuda", enabled=False)  # in float32, even where the networks are in bfloat16
+@torch.autocast("cuda", enabled=False)  # not in bfloat16, as the networks are
 def nearest_neighbors(targets, bank, k):
     """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
     unit norm, so the nearest has the largest dot product. ValueError for k > M. (For the k-NN.)"""
@@ -195,7 +200,7 @@ def nearest_neighbors(targets, bank, k):
     return indices
 
 
-@torch.autocast("cuda", enabled=False)  # in float32, too
+@torch.autocast("cuda", enabled=False)  # not in bfloat16
 def same_label_neighbors(targets, labels, bank, bank_labels, k):
     """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first, among
     those with the image's label: labels [b], bank_labels [M]; for label -1, among all rows. And
@@ -208,11 +213,10 @@ def same_label_neighbors(targets, labels, bank, bank_labels, k):
     return indices, values > -math.inf
 
 
-@torch.autocast("cuda", enabled=False)  # in float32, too
 def mean_shift_loss(queries, neighbors, valid):
     """Mean over images of the mean over their valid neighbours of ||q - M_j||^2 = 2 - 2 q . M_j:
     queries [b, D], neighbors [b, k, D], of unit norm, valid [b, k], one at least of each image."""
-    distances = 2 - 2 * torch.einsum("bd,bkd->bk", queries, neighbors)
+    distances = 2 - 2 * (queries[:, None] * neighbors).sum(dim=2)  # [b, k]
     return ((distances * valid).sum(dim=1) / valid.sum(dim=1)).mean()
 
 
@@ -251,7 +255,7 @@ class CMSF(nn.Module):
         weights = list(self.online.parameters())
         get_ema_multi_avg_fn(self.ema)(averages, weights, None)  # None: a count that it ignores
 
-    @torch.autocast("cuda", enabled=False)  # in float32, too
+    @torch.autocast("cuda", enabled=False)  # not in bfloat16
     def predict(self, targets):
         """Probability and label [b] that the classifier predicts for targets [b, D]."""
         self.classifier.eval()
@@ -417,7 +421,7 @@ def list_files(root, is_train, need_classes):
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
         pairs = zip(names, class_names)
-        class_names = [listed.get(os.path.basename(name), folder) for name, folder in pairs]
+        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
@@ -459,13 +463,13 @@ def read_image(path):
 
 
 class ImageFiles(Dataset):
-    """Item i: random crops of the i-th file, uint8 [crops, 3, S, S]; with crops = 0, its middle."""
+    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]; for 0, its middle."""
 
-    def __init__(self, paths, args, crops):
+    def __init__(self, paths, args, num_crops):
         self.paths = paths
-        self.num_views = max(1, crops)
+        self.num_views = max(1, num_crops)
         size = args.image_size
-        if crops > 0:
+        if num_crops > 0:
             self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
         else:
             resized = size if size < SMALL else size * 8 // 7  # 256 for 224
@@ -492,33 +496,33 @@ class ImageData:
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
             order = torch.arange(len(labels)).split(256)
-            batches = self.read_files(order, crops=0)
+            batches = self.read_files(order, num_crops=0)
             # Cloned, so that the workers' shared memory is free again.
             images = torch.cat([batch.squeeze(1).clone() for batch in batches])
         self.images = None if images is None else images.contiguous().to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
-    def batches(self, order, crops):
-        """For each batch of indices [b] in order, a list of `crops` random crops [b, 3, S, S] in
-        0..1; for crops = 0, of one tensor: the images as they are tested. Those of data sets that
-        lie in memory keep their own size."""
+    def batches(self, order, num_crops):
+        """For each batch of indices [b] in order, a list of num_crops random crops [b, 3, S, S] in
+        0..1; for 0, of one tensor: the images as they are tested. Those of CIFAR and STL-10 keep
+        their own size then."""
         if self.images is None:
-            for images in self.read_files(order, crops):
+            for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
                 yield list(images.unbind(1))
         else:
             for indices in order:
                 images = self.images[indices] / 255
-                if crops == 0:
+                if num_crops == 0:
                     yield [images]
                 else:
-                    copies = images.repeat(crops, 1, 1, 1)  # a crop of each, in one call
-                    yield list(random_crop(copies, self.args).chunk(crops))
+                    copies = images.repeat(num_crops, 1, 1, 1)  # a crop of each, in one call
+                    yield list(random_crop(copies, self.args).chunk(num_crops))
 
-    def read_files(self, order, crops):
-        """For each batch of indices [b] in order, uint8 [b, max(1, crops), 3, S, S]."""
+    def read_files(self, order, num_crops):
+        """For each batch of indices [b] in order, uint8 [b, max(1, num_crops), 3, S, S]."""
         return DataLoader(
-            ImageFiles(self.paths, self.args, crops),
+            ImageFiles(self.paths, self.args, num_crops),
             batch_sampler=[indices.tolist() for indices in order],
             num_workers=self.args.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -744,7 +748,7 @@ def embed(backbone, data, indices, rank, world_size):
     if dist.is_initialized():  # without SyncBatchNorm, each process has statistics of its own
         for buffer in backbone.buffers():
             dist.broadcast(buffer, 0)
-    for (images,) in data.batches(indices[own].split(256), crops=0):
+    for (images,) in data.batches(indices[own].split(256), num_crops=0):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
             output = backbone(standardize(images))
         features.append(F.normalize(output.float(), dim=1))
@@ -860,12 +864,12 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        # TF32 for what is in float32: the search finds the same neighbours in a fifth of the time.
+        # TF32: the search finds nearly the same neighbours in a fifth of the time.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if on_gpu else "gloo"
-        patience = timedelta(hours=1)  # for a download
-        dist.init_process_group(backend, timeout=patience, device_id=device if on_gpu else None)
+        timeout = timedelta(hours=1)  # for a download
+        dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
     if rank == 0:
         recipe = vars(RECIPES[args.dataset])
         changes = {name: value for name, value in vars(args).items() if value != recipe[name]}
@@ -911,17 +915,16 @@ def main(args):
         lines += news
         if not torch.equal(model.given_labels, train.labels):
             raise SystemExit(f"{folder} had other labels: choose a new --run-name")
-    if len(gather(torch.tensor([first_epoch], device=device)).unique()) > 1:
-        raise SystemExit("the processes see other checkpoints: they must share the folder runs/")
+    epochs_found = gather(torch.tensor([first_epoch], device=device))
+    if len(epochs_found.unique()) > 1:
+        raise SystemExit("the processes found different checkpoints: they must share runs/")
     if args.compile:
         for network in networks:
             network.compile()
     parallel_model = model
     if world_size > 1:
-        parallel_model = nn.parallel.DistributedDataParallel(model)
-        # It has sent the first process's buffers to all. From now on each process keeps its own:
-        # all of them push the same rows into their banks.
-        parallel_model.broadcast_buffers = False
+        # Each process keeps its own buffers: all of them push the same rows into their banks.
+        parallel_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if rank == 0:
         # This makes the folder.
         writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
@@ -947,11 +950,11 @@ def main(args):
     for epoch in range(first_epoch, args.epochs):
         if epoch % args.knn_every == 0:
             measure(epoch)  # at first, that of the untrained network
-        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)  # the same when resumed
+        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)  # the same if continued
         order = epoch_order(n, epoch, args, rank, world_size).to(device)
         started = time.time()
         history = []
-        for i, crops in enumerate(train.batches(order, crops=2)):
+        for i, crops in enumerate(train.batches(order, num_crops=2)):
             step = epoch * steps_per_epoch + i + 1
             lr = learning_rate(step, steps_per_epoch, args)
             optimizer.param_groups[0]["lr"] = lr
@@ -969,7 +972,8 @@ def main(args):
                 model.train_classifier()
 
             history.append(torch.stack([loss.detach(), *metrics.values()]))
-            if (i + 1) % args.log_every != 0 and i + 1 < steps_per_epoch:
+            is_last = i + 1 == steps_per_epoch
+            if not is_last and (i + 1) % args.log_every != 0:
                 continue
             # From here on the host waits for the device. A NaN of one process reaches all weights
             # by the averaged gradients, so that all processes stop together.

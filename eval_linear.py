@@ -203,7 +203,7 @@ def outputs(network, data, indices, rank, world_size):
     # In each round every process has one batch; gathered, they are in the order of the indices.
     own = wrapped.view(rounds, world_size, size)[:, rank]
     start = 0
-    for (images,) in data.batches(own, crops=0):
+    for (images,) in data.batches(own, num_crops=0):
         if images.shape[3] != data.args.image_size:
             side = [data.args.image_size] * 2
             images = F.interpolate(images, side, mode="bilinear", antialias=True)
@@ -291,7 +291,7 @@ def fit(network, train, images, protocol, args, rank, world_size):
         own = order[torch.arange(rank, share * world_size, world_size) % len(images)]
         batches = own.tensor_split(steps)  # equal parts: a last one of one image fails in BatchNorm
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
-        for indices, (crops,) in zip(batches, train.batches(batches, crops=1)):
+        for indices, (crops,) in zip(batches, train.batches(batches, num_crops=1)):
             scores = parallel(flip_and_rotate(crops, args))
             loss = F.cross_entropy(scores, train.labels[indices])
             optimizer.zero_grad()
@@ -411,8 +411,8 @@ def draw_neighbors(train, test, voters, shown, features, queries):
     white = torch.ones(3)
     green, red, gray = torch.tensor([[0.0, 0.6, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
     tiles = []
-    queried = test.batches(shown[:, None], crops=0)
-    found = train.batches(neighbors, crops=0)
+    queried = test.batches(shown[:, None], num_crops=0)
+    found = train.batches(neighbors, num_crops=0)
     for row, others, (query,), (images,) in zip(shown, neighbors, queried, found):
         label = test.labels[row].item()
         colors = [white]
@@ -667,7 +667,7 @@ def list_files(root, is_train, need_classes):
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
         pairs = zip(names, class_names)
-        class_names = [listed.get(os.path.basename(name), folder) for name, folder in pairs]
+        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
@@ -709,13 +709,13 @@ def read_image(path):
 
 
 class ImageFiles(Dataset):
-    """Item i: random crops of the i-th file, uint8 [crops, 3, S, S]; with crops = 0, its middle."""
+    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]; for 0, its middle."""
 
-    def __init__(self, paths, args, crops):
+    def __init__(self, paths, args, num_crops):
         self.paths = paths
-        self.num_views = max(1, crops)
+        self.num_views = max(1, num_crops)
         size = args.image_size
-        if crops > 0:
+        if num_crops > 0:
             self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
         else:
             resized = size if size < SMALL else size * 8 // 7  # 256 for 224
@@ -742,33 +742,33 @@ class ImageData:
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
             order = torch.arange(len(labels)).split(256)
-            batches = self.read_files(order, crops=0)
+            batches = self.read_files(order, num_crops=0)
             # Cloned, so that the workers' shared memory is free again.
             images = torch.cat([batch.squeeze(1).clone() for batch in batches])
         self.images = None if images is None else images.contiguous().to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
-    def batches(self, order, crops):
-        """For each batch of indices [b] in order, a list of `crops` random crops [b, 3, S, S] in
-        0..1; for crops = 0, of one tensor: the images as they are tested. Those of data sets that
-        lie in memory keep their own size."""
+    def batches(self, order, num_crops):
+        """For each batch of indices [b] in order, a list of num_crops random crops [b, 3, S, S] in
+        0..1; for 0, of one tensor: the images as they are tested. Those of CIFAR and STL-10 keep
+        their own size then."""
         if self.images is None:
-            for images in self.read_files(order, crops):
+            for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
                 yield list(images.unbind(1))
         else:
             for indices in order:
                 images = self.images[indices] / 255
-                if crops == 0:
+                if num_crops == 0:
                     yield [images]
                 else:
-                    copies = images.repeat(crops, 1, 1, 1)  # a crop of each, in one call
-                    yield list(random_crop(copies, self.args).chunk(crops))
+                    copies = images.repeat(num_crops, 1, 1, 1)  # a crop of each, in one call
+                    yield list(random_crop(copies, self.args).chunk(num_crops))
 
-    def read_files(self, order, crops):
-        """For each batch of indices [b] in order, uint8 [b, max(1, crops), 3, S, S]."""
+    def read_files(self, order, num_crops):
+        """For each batch of indices [b] in order, uint8 [b, max(1, num_crops), 3, S, S]."""
         return DataLoader(
-            ImageFiles(self.paths, self.args, crops),
+            ImageFiles(self.paths, self.args, num_crops),
             batch_sampler=[indices.tolist() for indices in order],
             num_workers=self.args.num_workers,
             pin_memory=self.device.type == "cuda",

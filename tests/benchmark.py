@@ -122,7 +122,7 @@ def files(args):
             noise = torch.rand(3, 12, 16)
             image = F.interpolate(noise[None], (375, 500), mode="bicubic")[0].clamp(0, 1)
             transforms.functional.to_pil_image(image).save(path, quality=90)
-        crops = msf.ImageFiles(paths, recipe, crops=2)
+        crops = msf.ImageFiles(paths, recipe, num_crops=2)
 
         def ours():
             torch.stack([crops[i] for i in range(32)])

@@ -265,7 +265,7 @@ def test_a_picture_of_unknown_range_is_refused_by_name(kind):
 def test_an_extreme_shape_gives_crops(size):
     picture("photos/a.png", 1)
     Image.new("RGB", (3000, 40)).save("photos/b.png")
-    (crops,) = load(image_size=size).batches(torch.tensor([[0, 1]]), crops=2)
+    (crops,) = load(image_size=size).batches(torch.tensor([[0, 1]]), num_crops=2)
     assert [crop.shape for crop in crops] == [(2, 3, size, size)] * 2
 
 
@@ -286,7 +286,7 @@ def test_large_images_are_read_by_workers():
     data = load(image_size=96, num_workers=2)
     assert data.images is None
     order = torch.tensor([[3, 0], [1, 2]])
-    for indices, crops in zip(order, data.batches(order, crops=3)):
+    for indices, crops in zip(order, data.batches(order, num_crops=3)):
         assert [crop.shape for crop in crops] == [(2, 3, 96, 96)] * 3
         for crop in crops:  # red cats, blue dogs: the right picture for each index
             is_red = crop.mean((2, 3))[:, 0] > 0.5
@@ -295,12 +295,12 @@ def test_large_images_are_read_by_workers():
 
 def test_the_test_view_is_the_image_itself_in_the_middle():
     picture("photos/a.png", 300)
-    ((images,),) = load(image_size=224).batches([torch.tensor([0])], crops=0)
+    ((images,),) = load(image_size=224).batches([torch.tensor([0])], num_crops=0)
     expected = pil_to_tensor(center_crop(resize(msf.read_image("photos/a.png"), 256), 224)) / 255
     torch.testing.assert_close(images[0], expected)
 
     digits = msf.ImageData(msf.RECIPES["digits"], True, CPU)
-    ((images,),) = digits.batches([torch.arange(9)], crops=0)
+    ((images,),) = digits.batches([torch.arange(9)], num_crops=0)
     torch.testing.assert_close(images, digits.images[:9] / 255)
 
 

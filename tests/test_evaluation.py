@@ -298,7 +298,7 @@ class Data:
         self.points = points
         self.labels = labels
 
-    def batches(self, order, crops):
+    def batches(self, order, num_crops):
         for indices in order:
             yield [self.points[indices]]
 

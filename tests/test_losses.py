@@ -308,19 +308,25 @@ def test_lam_is_uniform_and_drawn_for_each_direction(monkeypatch):
 
 def test_split_batchnorm_is_batchnorm_of_each_part():
     norm = mnn.SplitBatchNorm(5, splits=4)
-    plain = torch.nn.BatchNorm2d(5)
-    images = torch.randn(12, 5, 3, 3) * 2 + 1
-    expected = []
+    images = (torch.randn(12, 5, 3, 3) * 2 + 1).requires_grad_(True)
+    expected = torch.empty(12, 5, 3, 3)
     means = []
     variances = []
     for i in range(4):
-        plain.reset_running_stats()
-        expected.append(plain(images[i::4]))  # images i, i + 4, i + 8
-        means.append(plain.running_mean.clone())
-        variances.append(plain.running_var.clone())
-    torch.testing.assert_close(norm(images), torch.stack(expected, dim=1).flatten(0, 1))
+        plain = torch.nn.BatchNorm2d(5)
+        expected[i::4] = plain(images[i::4])  # images i, i + 4, i + 8
+        means.append(plain.running_mean)
+        variances.append(plain.running_var)
+    normalized = norm(images)
+    torch.testing.assert_close(normalized, expected)
     torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(dim=0))
     torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(dim=0))
+
+    weights = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad((expected.relu() * weights).sum(), images)
+    (found,) = torch.autograd.grad((normalized.relu_() * weights).sum(), images)
+    torch.testing.assert_close(found, wanted)
+
     norm.eval()
     plain.eval()
     plain.load_state_dict(norm.state_dict())

@@ -80,7 +80,7 @@ def test_search_and_loss_stay_in_float32_where_networks_are_in_bfloat16(script, 
         queries @ queries.T
         assert products.dtypes.pop() == torch.bfloat16
         script.nearest_neighbors(queries, queries, 2)
-        mean_shift_loss(script, queries, neighbors)
+        assert mean_shift_loss(script, queries, neighbors).dtype == torch.float32
         if script is cmsf_semi:
             labels = torch.empty(4, dtype=torch.int64, device="cuda")
             script.same_label_neighbors(queries, labels, queries, labels, 2)

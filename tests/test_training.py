@@ -373,7 +373,7 @@ def test_pictures_are_read_under_any_start_method(monkeypatch):
     multiprocessing.set_start_method("spawn")
     try:
         data = msf.ImageData(tiny(msf, image_size=96, num_workers=1), is_train=True, device=CPU)
-        (crops,) = data.batches(torch.arange(16)[None], crops=2)
+        (crops,) = data.batches(torch.arange(16)[None], num_crops=2)
         assert crops[0].shape == (16, 3, 96, 96)
     finally:
         multiprocessing.set_start_method("fork", force=True)
