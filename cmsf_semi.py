@@ -101,7 +101,7 @@ IMAGENET = Args(  # section 4 of the paper, which also gives Args its topk, ema 
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, bank_size=128_000)
-CIFAR10 = replace(  # optimiser and bank of arXiv 2311.00562, which runs MSF on small images
+CIFAR10 = replace(  # views as above; optimiser and bank of arXiv 2311.00562, which runs MSF, too
     IMAGENET, dataset="cifar10", image_size=32, arch="resnet18", stem="small", lr=0.06,
     warmup_epochs=5.0, weight_decay=5e-4, bank_size=4096)
 STL10 = replace(  # of the same authors
@@ -222,7 +222,8 @@ def mean_shift_loss(queries, neighbors, valid):
 
 class CMSF(nn.Module):
     """The method, around a backbone that gives features [b, width]. given_labels [N]: of every
-    image, -1 where none is given."""
+    image, -1 where none is given. Call update_target after each step of the optimiser, and
+    train_classifier now and then."""
 
     def __init__(self, backbone, width, given_labels, topk, bank_size, ema, confidence):
         super().__init__()
@@ -406,9 +407,9 @@ def load_split(args, is_train):
 
 
 def list_files(root, is_train, need_classes):
-    """Paths of a split's image files, and their labels. The class of a file is the first folder
-    below train/ or val/ in which it lies; in none, or in unlabelled/, its label is -1. If there is
-    neither and no need for classes, all files in root are for training, without labels."""
+    """Paths of a split's image files, and their labels. A file's class is the first folder below
+    train/ or val/; files directly there, or in unlabelled/, have the label -1. If there is neither
+    train/ nor val/, and no need for classes, all files in root are for training, unlabelled."""
     folder = root / ("train" if is_train else "val")
     if is_train and not need_classes and not folder.is_dir() and not (root / "val").is_dir():
         folder = root
@@ -660,7 +661,7 @@ def shift_hue(images, shift):
 
 def color_jitter(images, brightness, contrast, saturation, hue):
     """torchvision's ColorJitter with probability 0.8. Every image has its own amounts; the order of
-    the four operations is drawn once."""
+    the four operations is drawn once for the batch."""
     jittered = uniform(images, 0, 1) < 0.8
     for operation in torch.randperm(4).tolist():
         amount = torch.where(jittered, uniform(images, -1, 1), 0)
@@ -745,7 +746,7 @@ def embed(backbone, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     features = []
     backbone.eval()
-    if dist.is_initialized():  # without SyncBatchNorm, each process has statistics of its own
+    if dist.is_initialized():  # the first process's statistics: they differ without SyncBatchNorm
         for buffer in backbone.buffers():
             dist.broadcast(buffer, 0)
     for (images,) in data.batches(indices[own].split(256), num_crops=0):
@@ -827,9 +828,9 @@ def resume(path, args, n, model, optimizer):
     if state["epoch"] > args.epochs:
         raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
     model.bank.pushed = state["pushed"]
-    given = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
+    settings = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
-    optimizer.param_groups[0].update(given)  # not the old momentum and weight decay
+    optimizer.param_groups[0].update(settings)  # not the old momentum and weight decay
     return state["epoch"], [f"continuing after epoch {state['epoch']}", *changes]
 
 

@@ -652,9 +652,9 @@ def load_split(args, is_train):
 
 
 def list_files(root, is_train, need_classes):
-    """Paths of a split's image files, and their labels. The class of a file is the first folder
-    below train/ or val/ in which it lies; in none, or in unlabelled/, its label is -1. If there is
-    neither and no need for classes, all files in root are for training, without labels."""
+    """Paths of a split's image files, and their labels. A file's class is the first folder below
+    train/ or val/; files directly there, or in unlabelled/, have the label -1. If there is neither
+    train/ nor val/, and no need for classes, all files in root are for training, unlabelled."""
     folder = root / ("train" if is_train else "val")
     if is_train and not need_classes and not folder.is_dir() and not (root / "val").is_dir():
         folder = root
