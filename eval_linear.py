@@ -314,8 +314,8 @@ def unit_features(encoder, data, indices, rank, world_size):
 
 
 def judge_frozen(encoder, train, test, args, rank, world_size):
-    """Accuracies, in percent, of k-NN and of a linear layer on frozen features, and a picture of
-    neighbours."""
+    """Accuracies, in percent, of k-NN and of a linear layer on frozen features, and, for the first
+    process, a picture of neighbours."""
     voters = labelled(train)
     tested = labelled(test)
     labels = train.labels[voters]
@@ -324,8 +324,10 @@ def judge_frozen(encoder, train, test, args, rank, world_size):
     queries = unit_features(encoder, test, tested, rank, world_size)
     if not queries.isfinite().all():
         raise SystemExit("the features are not finite")
-    dozen = a_dozen(tested)
-    picture = draw_neighbors(train, test, voters, tested[dozen], features, queries[dozen])
+    picture = None
+    if rank == 0:
+        dozen = a_dozen(tested)
+        picture = draw_neighbors(train, test, voters, tested[dozen], features, queries[dozen])
 
     num_classes = 1 + max(labels.max().item(), answers.max().item())
     class_size = math.ceil(len(voters) / num_classes)  # further neighbours are of other classes
@@ -394,6 +396,8 @@ def show_neighbors(encoder, train, test, rank, world_size):
     shown = a_dozen(torch.arange(len(test.labels)))
     features = unit_features(encoder, train, every, rank, world_size)
     queries = unit_features(encoder, test, shown, rank, world_size)
+    if rank != 0:
+        return None
     return draw_neighbors(train, test, every, shown, features, queries)
 
 
@@ -522,15 +526,18 @@ def find_prefix(tensors, path):
 def load_backbone(backbone, tensors, prefix, path):
     """Fill a backbone with the tensors whose names begin with prefix. Raises SystemExit, with their
     names, if some are missing, of another shape, or too many."""
-    expected = {name: x.shape for name, x in backbone.state_dict().items()}
+    expected = backbone.state_dict()
     children = {name.split(".")[0] for name in expected}  # no classifier, no projector
     given = below(tensors, prefix)
     given = {name: x for name, x in given.items() if name.split(".")[0] in children}
-    # Old files lack the counters of BatchNorm, which are of no use here.
-    shapes = {name: x for name, x in expected.items() if name.endswith("num_batches_tracked")}
-    shapes |= {name: x.shape for name, x in given.items()}
-    names = expected | shapes  # of either
-    wrong = [name for name in names if shapes.get(name) != expected.get(name)]
+    wrong = [name for name in given if name not in expected]
+    for name, tensor in expected.items():
+        if name in given:
+            fits = given[name].shape == tensor.shape
+        else:  # old files lack the counters of BatchNorm, which are of no use here
+            fits = name.endswith("num_batches_tracked")
+        if not fits:
+            wrong.append(name)
     if wrong:
         fault = f"{path}: {len(wrong)} of {len(expected)} tensors do not fit, as {wrong[:3]}"
         raise SystemExit(f"{fault}; another --arch, --stem or --prefix?")
@@ -961,8 +968,8 @@ def main(args):
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "nccl" if on_gpu else "gloo"
-        patience = timedelta(hours=1)  # for a download
-        dist.init_process_group(backend, timeout=patience, device_id=device if on_gpu else None)
+        timeout = timedelta(hours=1)  # for a download
+        dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
     # The first process of each node loads the data first, as it may download them.
     if world_size > 1 and local_rank > 0:
         dist.barrier()
