@@ -105,7 +105,7 @@ IMAGENET = Args(  # section 4 of the paper, which also gives Args its topk, ema 
 CIFAR10 = replace(  # views as above; optimiser and bank of arXiv 2311.00562, which runs MSF, too
     IMAGENET, dataset="cifar10", image_size=32, arch="resnet18", stem="small", lr=0.06,
     warmup_epochs=5.0, weight_decay=5e-4, bank_size=4096)
-STL10 = replace(  # of the same authors
+STL10 = replace(  # from arXiv 2311.00562, too
     CIFAR10, dataset="stl10", image_size=64, stem="small-pool", bank_size=16_384, ema=0.996)
 RECIPES = {
     "digits": Args(),  # ours: a flip would change what a digit means
@@ -159,8 +159,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("others", torch.zeros(size, dim))  # M'
         self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("indices", torch.full((size,), -1))
-        # Rows ever pushed. On the host, so that no step waits for the device; not in state_dict,
-        # so that main saves it by itself.
+        # Rows ever pushed. On the host, so that no step waits for the device, and so not in
+        # state_dict: main and resume save and restore it beside.
         self.pushed = 0
 
     def __len__(self):
@@ -183,7 +183,8 @@ BLOCK = 512  # columns
 def largest(similarities, k):
     """Values and indices [b, k] of the k largest of each row of similarities [b, M], the largest
     first: topk, but faster where M is large. Only the k blocks of columns with the largest maxima
-    are searched: each of them holds a number that is at least as large as all in other blocks."""
+    are searched: each holds a number at least as large as any outside, so that k of these lie in
+    the chosen blocks."""
     columns = similarities.shape[1]
     # Worth it where the chosen blocks are a small part of the row.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
@@ -347,7 +348,8 @@ class CMSF(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
-    NaN where none is. An image that is its own neighbour counts."""
+    NaN where none is. An image that is its own neighbour counts; where few labels are known, it is
+    most of what counts."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
@@ -483,7 +485,8 @@ def read_image(path):
 
 
 class ImageFiles(Dataset):
-    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]; for 0, its middle."""
+    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]. With num_crops = 0: its
+    center crop, [1, 3, S, S]."""
 
     def __init__(self, paths, args, num_crops):
         self.paths = paths
@@ -511,7 +514,7 @@ class ImageData:
         try:
             images, self.paths, labels = load_split(args, is_train)
         except (OSError, RuntimeError) as error:
-            hint = HINTS.get(args.dataset, "without a network, unpack its archive there")
+            hint = HINTS.get(args.dataset, "if offline, unpack its archive there")
             fault = f"cannot load {args.dataset} from --data-dir {args.data_dir}"
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
@@ -524,8 +527,8 @@ class ImageData:
 
     def batches(self, order, num_crops):
         """For each batch of indices [b] in order, a list of num_crops random crops [b, 3, S, S] in
-        0..1; for 0, of one tensor: the images as they are tested. Those of CIFAR and STL-10 keep
-        their own size then."""
+        0..1. With num_crops = 0, the list holds one tensor, the images as they are tested: center
+        crops of files; those of digits, CIFAR and STL-10 whole, in their own size."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -771,7 +774,7 @@ def resume(path, args, n, model, optimizer):
     if state.get("images", n) != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
-    old_args = state.get("args", {})  # like the images, missing in files of other projects
+    old_args = state.get("args", {})  # like the images, missing if another project wrote the file
     changes = []
     for name, value in vars(args).items():
         old = old_args.get(name)
@@ -824,7 +827,7 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        # TF32: the search finds nearly the same neighbours in a fifth of the time.
+        # TF32 for all products in float32: the search finds nearly the same in a fifth of the time.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if on_gpu else "gloo"
@@ -931,7 +934,9 @@ def main(args):
             # From here on the host waits for the device. A NaN of one process reaches all weights
             # by the averaged gradients, so that all processes stop together.
             if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
-                raise SystemExit(f"loss or weights not finite: step {step}, lr {lr:g}; lower --lr")
+                raise SystemExit(
+                    f"loss or weights not finite by step {step}, lr {lr:g}; lower --lr"
+                )
             if rank == 0:
                 means = torch.stack(history).nanmean(dim=0).tolist()
                 names = ["loss", *metrics]

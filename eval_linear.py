@@ -716,7 +716,8 @@ def read_image(path):
 
 
 class ImageFiles(Dataset):
-    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]; for 0, its middle."""
+    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]. With num_crops = 0: its
+    center crop, [1, 3, S, S]."""
 
     def __init__(self, paths, args, num_crops):
         self.paths = paths
@@ -744,7 +745,7 @@ class ImageData:
         try:
             images, self.paths, labels = load_split(args, is_train)
         except (OSError, RuntimeError) as error:
-            hint = HINTS.get(args.dataset, "without a network, unpack its archive there")
+            hint = HINTS.get(args.dataset, "if offline, unpack its archive there")
             fault = f"cannot load {args.dataset} from --data-dir {args.data_dir}"
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
@@ -757,8 +758,8 @@ class ImageData:
 
     def batches(self, order, num_crops):
         """For each batch of indices [b] in order, a list of num_crops random crops [b, 3, S, S] in
-        0..1; for 0, of one tensor: the images as they are tested. Those of CIFAR and STL-10 keep
-        their own size then."""
+        0..1. With num_crops = 0, the list holds one tensor, the images as they are tested: center
+        crops of files; those of digits, CIFAR and STL-10 whole, in their own size."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
