@@ -16,8 +16,8 @@ Here only rows of the image's own label count. norm(x) = x / ||x||.
     loss     mean of ||q - M_j||^2 over the k rows nearest to u: among those with the image's label
              (fewer than k if M has fewer) or, if the image has no label, among all rows
 
-Every half epoch (from batches of 1024 on, every epoch) the classifier takes ten passes over the
-last u of the images with given labels.
+Every half epoch (every epoch if --batch-size is 1024 or more) the classifier takes ten passes over
+the last u of each image with a given label.
 
     python cmsf_semi.py                                            # digits, a tenth of the labels
     python cmsf_semi.py --labels 100pct                            # every label there is
@@ -88,7 +88,7 @@ class Args:
     weight_decay: float = 5e-4  # of SGD
 
     # constrained mean shift with labels
-    labels: str = "10pct"  # that are given: 1pct to 100pct of each class, or a file of file names
+    labels: str = "10pct"  # the given ones: 1pct to 100pct of each class, or a list of files
     label_seed: int = 0  # which images of a class have labels
     confidence: float = 0.85  # least probability of a predicted label
     topk: int = 10  # neighbours k, the image itself being the first
@@ -175,15 +175,15 @@ BLOCK = 512  # columns
 
 
 def largest(similarities, k):
-    """Values and indices [b, k] of the k largest of each row of similarities [b, M], the largest
-    first: topk, but faster where M is large. Only the k blocks of columns with the largest maxima
+    """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
+    first: topk, but faster where m is large. Only the k blocks of columns with the largest maxima
     are searched: each holds a number at least as large as any outside, so that k of these lie in
     the chosen blocks."""
     columns = similarities.shape[1]
     # Worth it where the chosen blocks are a small part of the row.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
-    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, M / BLOCK, BLOCK]
+    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -193,8 +193,8 @@ def largest(similarities, k):
 
 @torch.autocast("cuda", enabled=False)  # not in bfloat16, as the networks are
 def nearest_neighbors(targets, bank, k):
-    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
-    unit norm, so the nearest has the largest dot product. ValueError for k > M. (For the k-NN.)"""
+    """Indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest first. All have
+    unit norm, so the nearest has the largest dot product. ValueError for k > m. (For the k-NN.)"""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
     _, indices = largest(targets @ bank.T, k)
@@ -203,12 +203,12 @@ def nearest_neighbors(targets, bank, k):
 
 @torch.autocast("cuda", enabled=False)  # not in bfloat16
 def same_label_neighbors(targets, labels, bank, bank_labels, k):
-    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first, among
-    those with the image's label: labels [b], bank_labels [M]; for label -1, among all rows. And
-    valid [b, k], False where too few rows match. Raises ValueError for k > M."""
+    """Indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest first, among
+    those with the image's label: labels [b], bank_labels [m]; for label -1, among all rows. And
+    valid [b, k], False where too few rows match. Raises ValueError for k > m."""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
-    excluded = (labels[:, None] >= 0) & (labels[:, None] != bank_labels)  # [b, M]
+    excluded = (labels[:, None] >= 0) & (labels[:, None] != bank_labels)  # [b, m]
     similarities = (targets @ bank.T).masked_fill_(excluded, -math.inf)
     values, indices = largest(similarities, k)
     return indices, values > -math.inf
@@ -238,7 +238,7 @@ class CMSF(nn.Module):
         self.ema = ema
 
         # An MLP on u; None if all labels are given. Only the first process trains it: here it needs
-        # no gradients, so that DDP and the optimiser leave it out, and main SyncBatchNorm.
+        # no gradients, so that DDP and main's optimiser leave it out.
         self.classifier = None
         num_cached = 0
         if (given_labels < 0).any():
@@ -825,7 +825,7 @@ def resume(path, args, n, model, optimizer):
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
         why = "it is of another script"
-        if old_args and changes:
+        if changes and old_args.keys() == vars(args).keys():
             why = ", ".join(changes)
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:

@@ -11,14 +11,14 @@ j of a second bank M' is the u' of the image whose u is M_j. norm(x) = x / ||x||
 
     target   u = norm(g(weak view)), which is pushed into M, and u' into M' with it
     query    q = norm(h(f(strong view)))
-    C        the n rows j with M'_j nearest to u'
-    loss     1/2 mean of ||q - M_j||^2 over the k rows M_j nearest to u
-           + 1/2 mean of ||q - M_j||^2 over the k rows of C with M_j nearest to u
+    C        the n numbers j with M'_j nearest to u'
+    loss     1/2 mean of ||q - M_j||^2 over the k numbers j with M_j nearest to u
+           + 1/2 mean of ||q - M_j||^2 over the k numbers j in C with M_j nearest to u
 
---constraint previous-epoch   u' is the u that the image had one epoch before, at first u itself
+--constraint previous-epoch   u' is the u that the image had the last time, at first u itself
              third-view       u' = norm(g(another weak view))
-             kmeans           C: the rows of the image's cluster, without u'; k-means runs after
-                              each epoch, and before the first time C is all rows
+             kmeans           C: the rows of images in the image's cluster (there is no u'); k-means
+                              runs after each epoch, and in the first epoch C is all rows
 
     python cmsf_ssl.py                                             # digits, on a CPU or a GPU
     python cmsf_ssl.py --dataset small-folder --data-dir photos    # pictures without labels
@@ -181,15 +181,15 @@ BLOCK = 512  # columns
 
 
 def largest(similarities, k):
-    """Values and indices [b, k] of the k largest of each row of similarities [b, M], the largest
-    first: topk, but faster where M is large. Only the k blocks of columns with the largest maxima
+    """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
+    first: topk, but faster where m is large. Only the k blocks of columns with the largest maxima
     are searched: each holds a number at least as large as any outside, so that k of these lie in
     the chosen blocks."""
     columns = similarities.shape[1]
     # Worth it where the chosen blocks are a small part of the row.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
-    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, M / BLOCK, BLOCK]
+    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -199,14 +199,14 @@ def largest(similarities, k):
 
 @torch.autocast("cuda", enabled=False)  # not in bfloat16, as the networks are
 def similarity(targets, bank):
-    """Dot products [b, M] of targets [b, D] and the rows of bank [M, D]. All have unit norm, so the
+    """Dot products [b, m] of targets [b, D] and the rows of bank [m, D]. All have unit norm, so the
     nearest row has the largest product."""
     return targets @ bank.T
 
 
 def nearest_neighbors(targets, bank, k):
-    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. Raises
-    ValueError for k > M."""
+    """Indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest first. Raises
+    ValueError for k > m."""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
     _, indices = largest(similarity(targets, bank), k)
@@ -214,9 +214,9 @@ def nearest_neighbors(targets, bank, k):
 
 
 def constrained_neighbors(targets, bank, previous_targets, previous_bank, k, num_candidates):
-    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], u, nearest first, among
-    C: the num_candidates rows of previous_bank [M, D], M', nearest to previous_targets [b, D], u'
-    (of the epoch before, or of a third view)."""
+    """Indices [b, k] of the rows of bank [m, D] (M) nearest to targets [b, D] (u), nearest first,
+    of those in C: the num_candidates rows of previous_bank [m, D] (M') nearest to previous_targets
+    [b, D] (u', of the epoch before or of a third view)."""
     candidates = nearest_neighbors(previous_targets, previous_bank, num_candidates)  # C, [b, n]
     similarities = (targets[:, None] * bank[candidates]).sum(dim=2)  # [b, n]
     best = similarities.topk(k, dim=1).indices
@@ -224,10 +224,10 @@ def constrained_neighbors(targets, bank, previous_targets, previous_bank, k, num
 
 
 def cluster_neighbors(similarities, clusters, bank_clusters, k):
-    """The k rows with the largest similarities [b, M] in the image's cluster: clusters [b] are
-    those of the images, bank_clusters [M] those of the rows. Indices [b, k], and valid [b, k],
+    """The k rows with the largest similarities [b, m] in the image's cluster: clusters [b] are
+    those of the images, bank_clusters [m] those of the rows. Indices [b, k], and valid [b, k],
     False where the cluster has fewer rows."""
-    excluded = clusters[:, None] != bank_clusters  # [b, M]
+    excluded = clusters[:, None] != bank_clusters  # [b, m]
     values, indices = largest(similarities.masked_fill(excluded, -math.inf), k)
     return indices, values > -math.inf
 
@@ -293,7 +293,7 @@ class CMSF(nn.Module):
             targets = F.normalize(self.target(weak).float(), dim=1)  # u, [b, D]
             if self.constraint == "third-view":
                 others = F.normalize(self.target(third).float(), dim=1)  # u', [b, D]
-            else:  # u' of the epoch before or, without one, u (kmeans does not use it)
+            else:  # the image's last u or, without one, this u (kmeans does not use it)
                 others = torch.where(self.cached[indices, None], self.cache[indices], targets)
 
         # Push first: u is then in M, and is its own nearest row.
@@ -327,7 +327,8 @@ class CMSF(nn.Module):
             "purity": label_purity(self.bank.labels[nearest], labels),
             "purity_constrained": label_purity(related_labels, labels),
             # How many rows are nearer to u than the farthest related row: k - 1 if the related
-            # rows are just the k nearest, more if the constraint reaches farther.
+            # rows are just the k nearest, more if the constraint reaches farther (and fewer where a
+            # cluster has fewer than k rows).
             "rank": (similarities > farthest).sum(dim=1).float().mean(),
             "spread": targets.std(dim=0).norm(),  # near 1: they point everywhere; 0: all are alike
         }
@@ -784,7 +785,7 @@ def resume(path, args, n, model, optimizer):
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
         why = "it is of another script"
-        if old_args and changes:
+        if changes and old_args.keys() == vars(args).keys():
             why = ", ".join(changes)
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:

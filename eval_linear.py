@@ -216,8 +216,8 @@ def outputs(network, data, indices, rank, world_size):
 
 
 def nearest_neighbors(targets, bank, k):
-    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
-    unit norm, so the nearest has the largest dot product. Raises ValueError for k > M."""
+    """Indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest first. All have
+    unit norm, so the nearest has the largest dot product. Raises ValueError for k > m."""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
     return (targets @ bank.T).topk(k, dim=1).indices

@@ -9,16 +9,17 @@ from a memory bank M of past target embeddings. norm(x) = x / ||x||.
 
     target   u = norm(g(weak view)), which is pushed into M after the search
     query    q = norm(h(f(strong view)))
-    mixed    z_j = lam M_j + (1 - lam) u, for the k rows M_j nearest to u; lam ~ U(0, 1), one number
+    mixed    z_j = lam M_j + (1 - lam) u, for the k rows M_j nearest to u; lam ~ U(0, 1) is drawn
+             once for a batch (each process draws its own)
     loss     mean of (2 - 2 q . u) + mean of (2 - 2 q . z_j)
 
 averaged with the loss for the views exchanged (with a new lam; only the weak view's u is pushed).
-M holds earlier steps alone, so u is no neighbour of its own. A wrong neighbour does less harm when
-it is mixed with u. Each process draws its own lam.
+M holds only earlier steps, so u is no neighbour of its own. A wrong neighbour does less harm when
+it is mixed with u.
 
     python mnn.py                                                  # digits, on a CPU or a GPU
     python mnn.py --dataset small-folder --data-dir photos         # pictures without labels
-    torchrun --nproc_per_node=8 mnn.py --dataset cifar10
+    torchrun --nproc_per_node=4 mnn.py --dataset cifar10
 """
 
 import argparse
@@ -183,15 +184,15 @@ BLOCK = 512  # columns
 
 
 def largest(similarities, k):
-    """Values and indices [b, k] of the k largest of each row of similarities [b, M], the largest
-    first: topk, but faster where M is large. Only the k blocks of columns with the largest maxima
+    """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
+    first: topk, but faster where m is large. Only the k blocks of columns with the largest maxima
     are searched: each holds a number at least as large as any outside, so that k of these lie in
     the chosen blocks."""
     columns = similarities.shape[1]
     # Worth it where the chosen blocks are a small part of the row.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
-    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, M / BLOCK, BLOCK]
+    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -201,8 +202,8 @@ def largest(similarities, k):
 
 @torch.autocast("cuda", enabled=False)  # not in bfloat16, as the networks are
 def nearest_neighbors(targets, bank, k):
-    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
-    unit norm, so the nearest has the largest dot product. Raises ValueError for k > M."""
+    """Indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest first. All have
+    unit norm, so the nearest has the largest dot product. Raises ValueError for k > m."""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
     _, indices = largest(targets @ bank.T, k)
@@ -222,7 +223,7 @@ def mean_shift_loss(queries, neighbors):
 
 def mnn_loss(queries, targets, mixed):
     """The loss over the targets [b, D] plus that over the mixes [b, k, D]: without renormalising,
-    lam (the loss over the neighbours) + (2 - lam) (the loss over the targets)."""
+    lam * (loss over the neighbours) + (2 - lam) * (loss over the targets)."""
     return mean_shift_loss(queries, targets[:, None]) + mean_shift_loss(queries, mixed)
 
 
@@ -237,7 +238,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, images):
         if not self.training:
             return super().forward(images)
-        # For batch_norm, which updates the statistics, a channel of each part is one of its own.
+        # batch_norm sees splits * channels channels, so that each part has statistics of its own;
+        # it updates means and variances in place.
         n, channels, height, width = images.shape
         parts = images.reshape(n // self.splits, self.splits * channels, height, width)
         means = self.running_mean.repeat(self.splits)
@@ -284,8 +286,9 @@ class MNN(nn.Module):
 
     @torch.no_grad()
     def embed_targets(self, view):
-        """u [b, D] of a view. Shuffled for the target network and put back: of a batch in parts,
-        BatchNorm then groups an image with other images than for its query."""
+        """u [b, D] of a view. The images are shuffled for the target network and put back: where a
+        process has several parts of a batch, BatchNorm then groups an image with other images than
+        for its query."""
         order = torch.randperm(len(view), device=view.device)
         targets = self.target(view[order])[order.argsort()]
         return F.normalize(targets.float(), dim=1)
@@ -766,7 +769,7 @@ def resume(path, args, n, model, optimizer):
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
         why = "it is of another script"
-        if old_args and changes:
+        if changes and old_args.keys() == vars(args).keys():
             why = ", ".join(changes)
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:

@@ -161,15 +161,15 @@ BLOCK = 512  # columns
 
 
 def largest(similarities, k):
-    """Values and indices [b, k] of the k largest of each row of similarities [b, M], the largest
-    first: topk, but faster where M is large. Only the k blocks of columns with the largest maxima
+    """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
+    first: topk, but faster where m is large. Only the k blocks of columns with the largest maxima
     are searched: each holds a number at least as large as any outside, so that k of these lie in
     the chosen blocks."""
     columns = similarities.shape[1]
     # Worth it where the chosen blocks are a small part of the row.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
-    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, M / BLOCK, BLOCK]
+    blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -179,8 +179,8 @@ def largest(similarities, k):
 
 @torch.autocast("cuda", enabled=False)  # not in bfloat16, as the networks are
 def nearest_neighbors(targets, bank, k):
-    """Indices [b, k] of the rows of bank [M, D] nearest to targets [b, D], nearest first. All have
-    unit norm, so the nearest has the largest dot product. Raises ValueError for k > M."""
+    """Indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest first. All have
+    unit norm, so the nearest has the largest dot product. Raises ValueError for k > m."""
     if k > len(bank):
         raise ValueError(f"{k} neighbours of a bank with {len(bank)} rows")
     _, indices = largest(targets @ bank.T, k)
@@ -669,7 +669,7 @@ def resume(path, args, n, model, optimizer):
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
         why = "it is of another script"
-        if old_args and changes:
+        if changes and old_args.keys() == vars(args).keys():
             why = ", ".join(changes)
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:
