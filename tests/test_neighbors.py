@@ -27,14 +27,15 @@ def test_neighbours_equal_a_full_sort(script, m, k):
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_largest_of_a_long_row_equal_a_full_sort(script, k):
     m = 16 * k * script.BLOCK
-    similarities = torch.randn(6, m)
+    similarities = torch.randn(6, m + 1)
     similarities[1, 700 : 700 + k] = 9  # all of them in one block, and equal
     similarities[2] = similarities[2].round()  # ties
     similarities[3, 1:] = -math.inf  # fewer than k rows
-    for row in (similarities, similarities[:, : m - 1], similarities[:, : m // 2]):
-        values, indices = script.largest(row, k)
-        assert values.equal(row.sort(dim=1, descending=True).values[:, :k])
-        assert row.gather(1, indices).equal(values)
+    for columns in (m, m + 1, script.BLOCK):
+        rows = similarities[:, :columns]
+        values, indices = script.largest(rows, k)
+        assert values.equal(rows.sort(dim=1, descending=True).values[:, :k])
+        assert rows.gather(1, indices).equal(values)
         assert all(len(found.unique()) == k for found in indices)
 
 
