@@ -97,7 +97,8 @@ LAYOUTS = {
         "teacher": with_prefix("backbone.", net),
     },
     "two, of which one is called backbone": lambda net, other: {
-        "state_dict": with_prefix("momentum_backbone.", other) | with_prefix("backbone.", net)
+        "state_dict": with_prefix("momentum_backbone._orig_mod.", other)
+        | with_prefix("backbone._orig_mod.", net)
     },
     "another name": lambda net, other: with_prefix("trunk.deep.", net),
 }
@@ -310,6 +311,40 @@ def separable_problem():
     return Data(points.view(-1, 3, 1, 1), labels)
 
 
+def test_features_are_in_the_order_of_the_indices_also_if_two_processes_compute_them(monkeypatch):
+    """The processes run one after the other: the first is given what the second has computed."""
+    numbers = torch.arange(1200.0)
+    data = Data(numbers.view(-1, 1, 1, 1), labels=None)
+    indices = torch.randperm(1200)[:1111]
+    second = []
+
+    def keep(part):
+        second.append(part)
+        return torch.cat([part, part])
+
+    monkeypatch.setattr(eval_linear, "gather", keep)
+    eval_linear.outputs(nn.Flatten(), data, indices, rank=1, world_size=2)
+    parts = iter(second)
+    monkeypatch.setattr(eval_linear, "gather", lambda part: torch.cat([part, next(parts)]))
+    found = eval_linear.outputs(nn.Flatten(), data, indices, rank=0, world_size=2)
+    assert torch.equal(found.flatten(), numbers[indices])
+
+
+def test_no_more_neighbors_vote_than_a_class_has_images(monkeypatch):
+    monkeypatch.setattr(eval_linear, "standardize", lambda images: images)
+    voting = []
+
+    def record(queries, bank, labels, k, temperature=None):
+        voting.append(k)
+        return labels[:1].expand(len(queries))
+
+    monkeypatch.setattr(eval_linear, "knn_predict", record)
+    data = Data(torch.rand(39, 3, 1, 1), torch.arange(39) % 3)
+    args = completed(baseline="random", epochs=0)
+    eval_linear.judge_frozen(eval_linear.Pixels(), data, data, args, 0, 1)
+    assert voting == [1, 13, 39]
+
+
 @pytest.mark.parametrize("protocol", ["raw", "scaled"])
 def test_probes_learn_a_separable_problem(protocol, monkeypatch):
     monkeypatch.setattr(eval_linear, "standardize", lambda images: images)
@@ -331,22 +366,31 @@ def test_the_scaled_probe_standardises_features_of_unit_norm():
     torch.testing.assert_close(probe(features), expected)
 
 
-def test_the_learning_rate_falls_at_the_milestones(monkeypatch):
+@pytest.mark.parametrize(
+    "protocol, epochs, expected, settings",
+    [
+        ("raw", 10, [1.0] * 6 + [0.1] * 2 + [0.01] * 2, (0.9, True, 0.0)),  # 60 and 80 of 100
+        ("scaled", 8, [1.0] * 3 + [0.1] * 3 + [0.01] * 2, (0.9, False, 1e-4)),  # 15 and 30 of 40
+    ],
+)
+def test_the_learning_rate_falls_at_the_milestones(
+    protocol, epochs, expected, settings, monkeypatch
+):
     rates = []
     step = torch.optim.SGD.step
 
     def record(optimizer):
         group = optimizer.param_groups[0]
         rates.append(group["lr"])
-        assert (group["momentum"], group["nesterov"]) == (0.9, True)
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == settings
         return step(optimizer)
 
     monkeypatch.setattr(torch.optim.SGD, "step", record)
-    args = completed(baseline="random", protocol="raw", epochs=10, lr=1.0, batch_size=8)
+    args = completed(baseline="random", protocol=protocol, epochs=epochs, lr=1.0, batch_size=8)
     train = Data(torch.rand(8, 3, 1, 1), torch.zeros(8, dtype=torch.int64))
     probe = eval_linear.LinearProbe(eval_linear.Pixels(), 3, 2)
-    eval_linear.fit(probe, train, torch.arange(8), eval_linear.PROTOCOLS["raw"], args, 0, 1)
-    torch.testing.assert_close(rates, [1.0] * 6 + [0.1] * 2 + [0.01] * 2)  # 60 and 80 of 100
+    eval_linear.fit(probe, train, torch.arange(8), eval_linear.PROTOCOLS[protocol], args, 0, 1)
+    torch.testing.assert_close(rates, expected)
 
 
 def test_a_probe_leaves_the_encoder_as_it_is(monkeypatch):
