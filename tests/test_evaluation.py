@@ -166,6 +166,9 @@ def test_tensors_that_do_not_fit_are_named():
     torch.save(torchvision.models.resnet34().state_dict(), "deeper.pt")
     with pytest.raises(SystemExit, match="layer1.2.conv1.weight"):
         load("deeper.pt")
+    torch.save(net.state_dict() | {"conv1.weight": torch.ones(64, 3, 3, 3)}, "other_stem.pt")
+    with pytest.raises(SystemExit, match=r"1 of 120 tensors do not fit, as \['conv1.weight'\]"):
+        load("other_stem.pt")
     torch.save(with_prefix("", net) | with_prefix("module.", net), "twice.pt")
     with pytest.raises(SystemExit, match="twice.pt holds some tensors twice"):
         load("twice.pt")
