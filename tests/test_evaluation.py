@@ -407,7 +407,7 @@ def test_a_probe_leaves_the_encoder_as_it_is(monkeypatch):
         assert torch.equal(tensor, before[name])
 
 
-def test_fine_tuning_keeps_the_projector():
+def test_fine_tuning_keeps_the_projector(monkeypatch):
     model = write_checkpoint()
     tensors = eval_linear.named_tensors(eval_linear.read_file("runs/a/last.pt"))
     projector = nn.Sequential(*eval_linear.load_projector(tensors, eval_linear.OWN, "")).eval()
@@ -416,6 +416,13 @@ def test_fine_tuning_keeps_the_projector():
     in_fc = {f"encoder_q.fc.{name}": x for name, x in model.online[1].state_dict().items()}
     other = nn.Sequential(*eval_linear.load_projector(in_fc, "encoder_q.", "")).eval()
     assert torch.equal(other(features), projector(features))
+
+    tuned = []
+    monkeypatch.setattr(eval_linear, "write", lambda *given: None)
+    monkeypatch.setattr(eval_linear, "judge_fine_tuned", lambda *given: tuned.append(given[0]))
+    evaluate(checkpoint="runs/a/last.pt", fine_tune=True)
+    behind_the_encoder = tuned[0][1:].eval()
+    assert torch.equal(behind_the_encoder(features), projector(features))
 
 
 def test_fine_tuning_trains_all_weights(monkeypatch):
