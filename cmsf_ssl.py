@@ -694,7 +694,9 @@ def check_data(args, train, test, world_size):
         raise SystemExit(f"{n} training images are too few")
     if args.batch_size > n:
         batch = world_size * max(2, n // 4 // world_size)  # some four steps an epoch
-        smaller = f"--batch-size {batch} --bank-size {n} --topk {min(args.topk, batch)}"
+        smaller = f"--batch-size {batch} --bank-size {n}"
+        if args.topk > batch:
+            smaller += f" --topk {batch}"
         raise SystemExit(f"--batch-size is above the {n} training images; try {smaller}")
     labelled = (train.labels >= 0).sum().item()
     tested = (test.labels >= 0).sum().item()
@@ -794,7 +796,7 @@ def resume(path, args, n, model, optimizer):
     settings = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(settings)  # not the old momentum and weight decay
-    return state["epoch"], [f"continuing after epoch {state['epoch']}", *changes]
+    return state["epoch"], [f"continuing after epoch {state['epoch']} of {args.epochs}", *changes]
 
 
 @contextlib.contextmanager

@@ -242,7 +242,7 @@ def test_changed_arguments_are_printed_and_count(capsys):
     capsys.readouterr()
     msf.main(tiny(msf, epochs=3, weight_decay=0.25, momentum=0.5))
     lines = capsys.readouterr().out.splitlines()
-    assert "continuing after epoch 2" in lines
+    assert "continuing after epoch 2 of 3" in lines
     assert [line for line in lines if " is now " in line] == [
         "--epochs is now 3, was 2",
         "--momentum is now 0.5, was 0.9",
