@@ -414,9 +414,10 @@ def test_the_values_that_are_said_to_fit_do_fit(n):
     train = data_of(None, [-1] * n)
     with pytest.raises(SystemExit) as caught:
         msf.check_data(args, train, train, 1)
-    words = re.search(r"try (.*)", str(caught.value))[1].split()
-    batch_size, bank_size, topk = map(int, words[1::2])
-    args = replace(args, batch_size=batch_size, bank_size=bank_size, topk=topk)
+    advice = re.findall(r"--([a-z-]+) (\d+)", str(caught.value).partition("try ")[2])
+    changes = {name.replace("-", "_"): int(value) for name, value in advice}
+    assert changes.keys() - {"topk"} == {"batch_size", "bank_size"}
+    args = replace(args, **changes)
     msf.check_args(args, 1)
     msf.check_data(args, train, train, 1)
 
