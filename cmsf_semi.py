@@ -826,7 +826,7 @@ def resume(path, args, n, model, optimizer):
     try:
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
-        why = "it is of another script"
+        why = "it is of another script or version"
         if changes and old_args.keys() == vars(args).keys():
             why = ", ".join(changes)
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
