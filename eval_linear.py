@@ -673,8 +673,7 @@ def list_files(root, is_train, need_classes):
     if (folder / "val_annotations.txt").exists():  # Tiny ImageNet has a list in place of folders
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
-        pairs = zip(names, class_names)
-        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+        class_names = [listed.get(os.path.basename(name), "") for name in names]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
@@ -703,7 +702,7 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
-            # 16-bit gray has the mode I;16; older Pillow opens PNG and PPM in 32 bits, as I.
+            # 16-bit gray has the mode "I;16", or "I" (32 bits) for PNG and PPM in older Pillow.
             held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
             if held_in_32 or image.mode.startswith("I;16"):
                 high_bytes = np.asarray(image) // 256
@@ -750,16 +749,16 @@ class ImageData:
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
             order = torch.arange(len(labels)).split(256)
-            batches = self.read_files(order, num_crops=0)
+            batches = self.read_files(order, num_crops=0)  # center squares, shrunk to S pixels
             # Cloned, so that the workers' shared memory is free again.
             images = torch.cat([batch.squeeze(1).clone() for batch in batches])
         self.images = None if images is None else images.contiguous().to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, num_crops):
-        """For each batch of indices [b] in order, a list of num_crops random crops [b, 3, S, S] in
-        0..1. With num_crops = 0, the list holds one tensor, the images as they are tested: center
-        crops of files; those of digits, CIFAR and STL-10 whole, in their own size."""
+        """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
+        in 0..1. With num_crops = 0, the list holds one tensor, the images as they are tested:
+        center crops of files, but digits, CIFAR and STL-10 (96 pixels, as published) whole."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -774,7 +773,7 @@ class ImageData:
                     yield list(random_crop(copies, self.args).chunk(num_crops))
 
     def read_files(self, order, num_crops):
-        """For each batch of indices [b] in order, uint8 [b, max(1, num_crops), 3, S, S]."""
+        """For each batch of indices [b] in `order`, uint8 [b, max(1, num_crops), 3, S, S]."""
         return DataLoader(
             ImageFiles(self.paths, self.args, num_crops),
             batch_sampler=[indices.tolist() for indices in order],
@@ -809,8 +808,8 @@ def listed_images(path, data):
         raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
-    # Look up the file's name first, for speed. Then compare ends from a "/" on, so that 1.jpg is
-    # not taken for 11.jpg.
+    # Look up the file's name first, for speed. Then compare ends from a "/" on (put before C: too),
+    # so that 1.jpg is not taken for 11.jpg.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")
@@ -824,7 +823,7 @@ def listed_images(path, data):
         if len(found) == 1:
             chosen.append(found[0][0])
         elif name:
-            places = ", ".join(place for _, place in (found or same_name)[:3])
+            places = ", ".join(place for _, place in same_name[:3])
             faults.append(f"{name} ({len(found)} match; of this name: {places or 'none'})")
     if faults:
         shown = ", ".join(faults[:3])

@@ -62,7 +62,7 @@ class Args:
     compile: bool = False  # compile the networks with torch.compile
 
     # views
-    image_size: int = 16  # side of a view in pixels; below 96, files are kept in memory
+    image_size: int = 16  # side S of a view in pixels; below 96, files are kept in memory
     crop_scale: tuple[float, float] = (0.6, 1.0)  # least and largest share of the area
     flip: float = 0.0  # probability of a horizontal flip
     rotation: float = 10.0  # largest rotation, in degrees
@@ -88,11 +88,11 @@ class Args:
 
 
 # fmt: off
-IMAGENET = Args(  # section 4 of the paper, which also gives Args its topk, ema and momentum
+IMAGENET = Args(  # section 4 of the paper; topk, ema and momentum in Args are from there, too
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, bank_size=1_024_000)
-CIFAR10 = replace(  # views as above; optimiser and bank of arXiv 2311.00562, which runs MSF, too
+CIFAR10 = replace(  # views as above; optimiser and bank as arXiv 2311.00562 has them for MSF
     IMAGENET, dataset="cifar10", image_size=32, arch="resnet18", stem="small", lr=0.06,
     warmup_epochs=5.0, weight_decay=5e-4, bank_size=4096)
 STL10 = replace(  # from arXiv 2311.00562, too
@@ -104,7 +104,7 @@ RECIPES = {
     "stl10": STL10,
     "tinyimagenet": replace(STL10, dataset="tinyimagenet"),
     "imagenet": IMAGENET,
-    "folder": replace(IMAGENET, dataset="folder", bank_size=128_000),
+    "folder": replace(IMAGENET, dataset="folder", bank_size=128_000),  # ours: for fewer images
     "small-folder": replace(CIFAR10, dataset="small-folder", image_size=64, stem="small-pool"),
 }
 # fmt: on
@@ -141,8 +141,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(size, dim))
         self.register_buffer("labels", torch.full((size,), -1))
-        # Rows ever pushed. On the host, so that no step waits for the device, and so not in
-        # state_dict: main and resume save and restore it beside.
+        # Rows ever pushed: a plain int, so that no step waits for the device. state_dict lacks it:
+        # main saves it, and resume restores it.
         self.pushed = 0
 
     def __len__(self):
@@ -162,11 +162,10 @@ BLOCK = 512  # columns
 
 def largest(similarities, k):
     """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
-    first: topk, but faster where m is large. Only the k blocks of columns with the largest maxima
-    are searched: each holds a number at least as large as any outside, so that k of these lie in
-    the chosen blocks."""
+    first: topk, but faster where m is large. It searches only the k blocks of columns with the
+    largest maxima: no number outside these blocks is above any of the k maxima."""
     columns = similarities.shape[1]
-    # Worth it where the chosen blocks are a small part of the row.
+    # Plain topk where blocks do not divide the row, or where k of them are a large part of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
@@ -177,7 +176,7 @@ def largest(similarities, k):
     return values, block * BLOCK + found % BLOCK
 
 
-@torch.autocast("cuda", enabled=False)  # not in bfloat16, as the networks are
+@torch.autocast("cuda", enabled=False)  # unlike the networks, not in bfloat16
 def nearest_neighbors(targets, bank, k):
     """Indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest first. All have
     unit norm, so the nearest has the largest dot product. Raises ValueError for k > m."""
@@ -199,10 +198,11 @@ class MSF(nn.Module):
 
     def __init__(self, backbone, width, topk, bank_size, ema):
         super().__init__()
-        dim = width // 4  # 512 for ResNet-50, and 4096 hidden units
+        dim = width // 4  # the paper's 512 for ResNet-50
+        hidden = 2 * width  # and its 4096
         self.topk = topk
-        self.online = nn.Sequential(backbone, mlp(width, 2 * width, dim))  # f, with its projector
-        self.predictor = mlp(dim, 2 * width, dim)  # h
+        self.online = nn.Sequential(backbone, mlp(width, hidden, dim))  # f, with its projector
+        self.predictor = mlp(dim, hidden, dim)  # h
         self.target = copy.deepcopy(self.online).requires_grad_(False)  # g
         self.bank = MemoryBank(bank_size, dim)  # M
         self.ema = ema
@@ -211,7 +211,8 @@ class MSF(nn.Module):
         """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
         averages = list(self.target.parameters())
         weights = list(self.online.parameters())
-        get_ema_multi_avg_fn(self.ema)(averages, weights, None)  # None: a count that it ignores
+        # In place and without gradients. None: a count that it ignores.
+        get_ema_multi_avg_fn(self.ema)(averages, weights, None)
 
     def forward(self, weak, strong, labels):
         """Views [b, 3, S, S] -> loss, and metrics to log. Labels [b] only measure the purity."""
@@ -233,8 +234,8 @@ class MSF(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
-    NaN where none is. An image that is its own neighbour counts; where few labels are known, it is
-    most of what counts."""
+    NaN where none is. An image counts as a neighbour of its own: with few labels, this is near 1.
+    """
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
@@ -327,8 +328,7 @@ def list_files(root, is_train, need_classes):
     if (folder / "val_annotations.txt").exists():  # Tiny ImageNet has a list in place of folders
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
-        pairs = zip(names, class_names)
-        class_names = [listed.get(os.path.basename(name), other) for name, other in pairs]
+        class_names = [listed.get(os.path.basename(name), "") for name in names]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
@@ -357,7 +357,7 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
-            # 16-bit gray has the mode I;16; older Pillow opens PNG and PPM in 32 bits, as I.
+            # 16-bit gray has the mode "I;16", or "I" (32 bits) for PNG and PPM in older Pillow.
             held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
             if held_in_32 or image.mode.startswith("I;16"):
                 high_bytes = np.asarray(image) // 256
@@ -404,16 +404,16 @@ class ImageData:
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
             order = torch.arange(len(labels)).split(256)
-            batches = self.read_files(order, num_crops=0)
+            batches = self.read_files(order, num_crops=0)  # center squares, shrunk to S pixels
             # Cloned, so that the workers' shared memory is free again.
             images = torch.cat([batch.squeeze(1).clone() for batch in batches])
         self.images = None if images is None else images.contiguous().to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, num_crops):
-        """For each batch of indices [b] in order, a list of num_crops random crops [b, 3, S, S] in
-        0..1. With num_crops = 0, the list holds one tensor, the images as they are tested: center
-        crops of files; those of digits, CIFAR and STL-10 whole, in their own size."""
+        """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
+        in 0..1. With num_crops = 0, the list holds one tensor, the images as they are tested:
+        center crops of files, but digits, CIFAR and STL-10 (96 pixels, as published) whole."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -428,7 +428,7 @@ class ImageData:
                     yield list(random_crop(copies, self.args).chunk(num_crops))
 
     def read_files(self, order, num_crops):
-        """For each batch of indices [b] in order, uint8 [b, max(1, num_crops), 3, S, S]."""
+        """For each batch of indices [b] in `order`, uint8 [b, max(1, num_crops), 3, S, S]."""
         return DataLoader(
             ImageFiles(self.paths, self.args, num_crops),
             batch_sampler=[indices.tolist() for indices in order],
@@ -599,27 +599,28 @@ def check_data(args, train, test, world_size):
 
 
 @torch.no_grad()
-def embed(backbone, data, indices, rank, world_size):
-    """Features [n, width], of unit norm, of the images with these indices [n], on all processes."""
+def embed(network, data, indices, rank, world_size):
+    """A network's outputs [n, D], of unit norm, for the images with these indices [n], on all
+    processes."""
     share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
-    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)  # the last wrap around
+    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)  # repeats: cut off below
     amp = data.args.amp and data.device.type == "cuda"
-    features = []
-    backbone.eval()
+    outputs = []
+    network.eval()
     if dist.is_initialized():  # the first process's statistics: they differ without SyncBatchNorm
-        for buffer in backbone.buffers():
+        for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     for (images,) in data.batches(indices[own].split(256), num_crops=0):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
-            output = backbone(standardize(images))
-        features.append(F.normalize(output.float(), dim=1))
-    backbone.train()
-    return gather(torch.cat(features))[: len(indices)]
+            output = network(standardize(images))
+        outputs.append(F.normalize(output.float(), dim=1))
+    network.train()
+    return gather(torch.cat(outputs))[: len(indices)]
 
 
 def knn_accuracy(backbone, train, test, rank, world_size):
     """k-NN accuracy, in percent, on the labelled test images; at most 100,000 labelled training
-    images vote. k is 20 or, if smaller, their mean number in a class. None if either are missing.
+    images vote. k is 20 or, if smaller, the mean number of voters in a class. None without labels.
     """
     voters = (train.labels >= 0).nonzero().squeeze(1).cpu()
     tested = (test.labels >= 0).nonzero().squeeze(1).cpu()
@@ -649,7 +650,7 @@ def save(content, path):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     temporary = path.with_suffix(".tmp")
-    # torch.save to a full disk raises RuntimeError; this raises OSError, of which main tells.
+    # torch.save to a full disk raises RuntimeError; this raises OSError, for failures_explained.
     temporary.write_bytes(buffer.getbuffer())
     os.replace(temporary, path)
 
@@ -661,7 +662,7 @@ def resume(path, args, n, model, optimizer):
     if state.get("images", n) != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
-    old_args = state.get("args", {})  # like the images, missing if another project wrote the file
+    old_args = state.get("args", {})  # a file of another project may lack args and images
     changes = []
     for name, value in vars(args).items():
         old = old_args.get(name)
@@ -671,7 +672,7 @@ def resume(path, args, n, model, optimizer):
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
         why = "it is of another script or version"
-        if changes and old_args.keys() == vars(args).keys():
+        if changes and old_args.keys() == vars(args).keys():  # the same options: the same script
             why = ", ".join(changes)
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:
@@ -679,7 +680,7 @@ def resume(path, args, n, model, optimizer):
     model.bank.pushed = state["pushed"]
     settings = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
-    optimizer.param_groups[0].update(settings)  # not the old momentum and weight decay
+    optimizer.param_groups[0].update(settings)  # keep this run's momentum and weight decay
     return state["epoch"], [f"continuing after epoch {state['epoch']} of {args.epochs}", *changes]
 
 
@@ -714,7 +715,7 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        # TF32 for all products in float32: the search finds nearly the same in a fifth of the time.
+        # TF32 for all products in float32: the search finds nearly the same, much sooner.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if on_gpu else "gloo"
@@ -738,7 +739,7 @@ def main(args):
     total_steps = args.epochs * steps_per_epoch
 
     torch.manual_seed(args.seed)
-    backbone, width = build_backbone(args.arch, args.stem)
+    backbone, width = build_backbone(args.arch, args.stem)  # it will be model.online[0]
     model = MSF(backbone, width, args.topk, args.bank_size, args.ema)
     model = model.to(device, memory_format=torch.channels_last)
     networks = (model.online, model.predictor, model.target)
@@ -751,7 +752,7 @@ def main(args):
     )
 
     new_name = f"msf-{args.dataset}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs", args.run_name or new_name)
+    folder = Path("runs", args.run_name or new_name)  # only the first process writes into its own
     first_epoch = 0
     if (folder / "last.pt").exists():
         first_epoch, news = resume(folder / "last.pt", args, n, model, optimizer)
@@ -764,7 +765,7 @@ def main(args):
             network.compile()
     parallel_model = model
     if world_size > 1:
-        # Each process keeps its own buffers: all of them push the same rows into their banks.
+        # No broadcast of buffers: all processes push the same rows into their banks.
         parallel_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if rank == 0:
         # This makes the folder.
@@ -806,13 +807,11 @@ def main(args):
             is_last = i + 1 == steps_per_epoch
             if not is_last and (i + 1) % args.log_every != 0:
                 continue
-            # From here on the host waits for the device. A NaN of one process reaches all weights
-            # by the averaged gradients, so that all processes stop together.
-            if not (loss.isfinite() and nn.utils.get_total_norm(parameters).isfinite()):
-                raise SystemExit(
-                    f"loss or weights not finite by step {step}, lr {lr:g}; lower --lr"
-                )
-            if rank == 0:
+            # From here on the host waits for the device. After a NaN in any process, the averaged
+            # gradients make the weights of all NaN, so that all processes stop here.
+            if not nn.utils.get_total_norm(parameters).isfinite():
+                raise SystemExit(f"weights not finite by step {step}, lr {lr:g}; lower --lr")
+            if rank == 0:  # of its own share of the images
                 means = torch.stack(history).nanmean(dim=0).tolist()
                 names = ["loss", *metrics]
                 entry = {name: x for name, x in zip(names, means) if not math.isnan(x)}
@@ -828,8 +827,8 @@ def main(args):
 
         if rank == 0:  # before the evaluation, which may fail
             state = {"model": model.state_dict(), "pushed": model.bank.pushed}
-            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step}
-            state |= {"args": vars(args), "images": n}
+            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+            state |= {"args": vars(args), "images": n, "step": step}  # step: for eval_linear.py
             save(backbone.state_dict(), folder / "backbone.pt")
             save(state, folder / "last.pt")
 
