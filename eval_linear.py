@@ -653,17 +653,17 @@ def load_split(args, is_train):
     if args.dataset == "stl10":
         source = datasets.STL10(root, "train+unlabeled" if is_train else "test", download=True)
         return torch.from_numpy(source.data), None, source.labels
-    need_classes = args.dataset in ("imagenet", "tinyimagenet")
-    paths, labels = list_files(root, is_train, need_classes)
+    need_folders = args.dataset in ("imagenet", "tinyimagenet")
+    paths, labels = list_files(root, is_train, need_folders)
     return None, paths, labels
 
 
-def list_files(root, is_train, need_classes):
+def list_files(root, is_train, need_folders):
     """Paths of a split's image files, and their labels. A file's class is the first folder below
     train/ or val/; files directly there, or in unlabelled/, have the label -1. If there is neither
-    train/ nor val/, and no need for classes, all files in root are for training, unlabelled."""
+    train/ nor val/, and need_folders is False, all files in root are for training, unlabelled."""
     folder = root / ("train" if is_train else "val")
-    if is_train and not need_classes and not folder.is_dir() and not (root / "val").is_dir():
+    if is_train and not need_folders and not folder.is_dir() and not (root / "val").is_dir():
         folder = root
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
@@ -757,8 +757,8 @@ class ImageData:
 
     def batches(self, order, num_crops):
         """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
-        in 0..1. With num_crops = 0, the list holds one tensor, the images as they are tested:
-        center crops of files, but digits, CIFAR and STL-10 (96 pixels, as published) whole."""
+        in 0..1. With num_crops = 0, a list of one tensor, the images as they are tested: center
+        crops of files; digits, CIFAR and STL-10 in their full size H (STL-10: 96 pixels, not S)."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -809,7 +809,7 @@ def listed_images(path, data):
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
     # Look up the file's name first, for speed. Then compare ends from a "/" on (put before C: too),
-    # so that 1.jpg is not taken for 11.jpg.
+    # so that a/1.jpg is not taken for ba/1.jpg.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")

@@ -101,12 +101,12 @@ class Args:
 
 
 # fmt: off
-IMAGENET = Args(  # ours: MSF's recipe (Args has its momentum and ema), with the heads and k of MNN
+IMAGENET = Args(  # ours: as MSF (Mean Shift; momentum, ema: the defaults), but heads and k of MNN
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, hidden=2048, topk=5,
     bank_size=1_024_000)
-CIFAR10 = replace(  # section 4 of the paper, which also has what is kept from IMAGENET
+CIFAR10 = replace(  # section 4 of the paper, also for the values kept from IMAGENET
     IMAGENET, dataset="cifar10", image_size=32, weak_flip=0.9, arch="resnet18", stem="small",
     lr=0.06, warmup_epochs=5.0, weight_decay=5e-4, bn_splits=8, bank_size=4096)
 STL10 = replace(  # section 4 of the paper, too
@@ -140,7 +140,7 @@ def check_args(args, world_size):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
-        raise SystemExit(f"--batch-size: need 2 or more for each of {world_size} equal processes")
+        raise SystemExit(f"--batch-size: need equal shares, 2 or more, for {world_size} processes")
     splits = args.bn_splits
     if splits < 1 or args.batch_size % splits != 0 or args.batch_size < 2 * splits:
         raise SystemExit("--bn-splits must divide --batch-size into parts of 2 or more")
@@ -286,8 +286,8 @@ class MNN(nn.Module):
 
     @torch.no_grad()
     def embed_targets(self, view):
-        """u [b, D] of a view. The images are shuffled for the target network and put back, so that
-        SplitBatchNorm groups an image with others than for its query."""
+        """u [b, D] of a view. Shuffled for the target network and put back, so that the parts of
+        SplitBatchNorm, if this process has several, are not those of the queries."""
         order = torch.randperm(len(view), device=view.device)
         targets = self.target(view[order])[order.argsort()]
         return F.normalize(targets.float(), dim=1)
@@ -333,7 +333,7 @@ class MNN(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
-    NaN where none is."""
+    NaN if none are."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
@@ -406,17 +406,17 @@ def load_split(args, is_train):
     if args.dataset == "stl10":
         source = datasets.STL10(root, "train+unlabeled" if is_train else "test", download=True)
         return torch.from_numpy(source.data), None, source.labels
-    need_classes = args.dataset in ("imagenet", "tinyimagenet")
-    paths, labels = list_files(root, is_train, need_classes)
+    need_folders = args.dataset in ("imagenet", "tinyimagenet")
+    paths, labels = list_files(root, is_train, need_folders)
     return None, paths, labels
 
 
-def list_files(root, is_train, need_classes):
+def list_files(root, is_train, need_folders):
     """Paths of a split's image files, and their labels. A file's class is the first folder below
     train/ or val/; files directly there, or in unlabelled/, have the label -1. If there is neither
-    train/ nor val/, and no need for classes, all files in root are for training, unlabelled."""
+    train/ nor val/, and need_folders is False, all files in root are for training, unlabelled."""
     folder = root / ("train" if is_train else "val")
-    if is_train and not need_classes and not folder.is_dir() and not (root / "val").is_dir():
+    if is_train and not need_folders and not folder.is_dir() and not (root / "val").is_dir():
         folder = root
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
@@ -510,8 +510,8 @@ class ImageData:
 
     def batches(self, order, num_crops):
         """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
-        in 0..1. With num_crops = 0, the list holds one tensor, the images as they are tested:
-        center crops of files, but digits, CIFAR and STL-10 (96 pixels, as published) whole."""
+        in 0..1. With num_crops = 0, a list of one tensor, the images as they are tested: center
+        crops of files; digits, CIFAR and STL-10 in their full size H (STL-10: 96 pixels, not S)."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -689,10 +689,8 @@ def check_data(args, train, test, world_size):
         lines.append(
             "--warmup-epochs is as long as the run (fine for a trial): the rate never falls"
         )
-    if labelled == 0:
-        lines.append("no image in train/CLASS/, so none has a label: no purity, no k-NN accuracy")
-    elif tested == 0:
-        lines.append("no test image in val/CLASS/ of a class of train/: no k-NN accuracy")
+    if labelled == 0 or tested == 0:
+        lines.append("not all is measured: purity needs train/CLASS/, the k-NN val/CLASS/, too")
     return lines
 
 
@@ -757,10 +755,10 @@ def resume(path, args, n, model, optimizer):
     """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
     SystemExit if the number of images or the model is another."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("images", n) != n:
+    if state.get("images", n) != n:  # a file of another script may lack it: it is refused below
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
-    old_args = state.get("args", {})  # a file of another project may lack args and images
+    old_args = state.get("args", {})
     changes = []
     for name, value in vars(args).items():
         old = old_args.get(name)
@@ -802,8 +800,8 @@ def failures_explained():
 
 @failures_explained()
 def main(args):
-    """Train. Returns, for the first process, the last loss, knn (the k-NN accuracy in percent, None
-    without labels) and the path of the checkpoint."""
+    """Train. Returns the last loss, knn (the k-NN accuracy in percent, None without labels) and the
+    path of the checkpoint; loss and path are those of the run in the first process alone."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -867,7 +865,7 @@ def main(args):
     )
 
     new_name = f"mnn-{args.dataset}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs", args.run_name or new_name)  # only the first process writes into its own
+    folder = Path("runs", args.run_name or new_name)  # new_name differs by process: rank 0's counts
     first_epoch = 0
     if (folder / "last.pt").exists():
         first_epoch, news = resume(folder / "last.pt", args, n, model, optimizer)
@@ -925,12 +923,12 @@ def main(args):
             is_last = i + 1 == steps_per_epoch
             if not is_last and (i + 1) % args.log_every != 0:
                 continue
-            # From here on the host waits for the device. After a NaN in any process, the averaged
-            # gradients make the weights of all NaN, so that all processes stop here.
+            # From here on the host waits for the device. A NaN in one process gets into the weights
+            # of all, through the averaged gradients: all processes stop here.
             if not nn.utils.get_total_norm(parameters).isfinite():
                 raise SystemExit(f"weights not finite by step {step}, lr {lr:g}; lower --lr")
-            if rank == 0:  # of its own share of the images
-                means = torch.stack(history).nanmean(dim=0).tolist()
+            if rank == 0:
+                means = torch.stack(history).nanmean(dim=0).tolist()  # of this process's images
                 names = ["loss", *metrics]
                 entry = {name: x for name, x in zip(names, means) if not math.isnan(x)}
                 seconds_per_step = (time.time() - started) / (i + 1)

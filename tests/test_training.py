@@ -118,7 +118,7 @@ def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(s
     result = script.main(tiny(script))
     assert math.isfinite(result["loss"]) and result["knn"] is None
     lines = capsys.readouterr().out.splitlines()
-    assert "no image in train/CLASS/, so none has a label: no purity, no k-NN accuracy" in lines
+    assert "not all is measured: purity needs train/CLASS/, the k-NN val/CLASS/, too" in lines
     assert not any(re.search(r"%|purity \d|nan", line) for line in lines)
     tags = EventAccumulator("runs/a").Reload().Tags()["scalars"]
     assert "loss" in tags and "purity" not in tags and "knn" not in tags
@@ -389,8 +389,8 @@ ROWS = "need --topk <= --batch-size (rows of the first step)"
         (METHODS, 1, {"run_name": "runs/a"}, "--run-name is the name of a folder in runs/"),
         (METHODS, 1, {"topk": 9}, ROWS),
         (METHODS, 1, {"bank_size": 7}, ROWS),
-        (METHODS, 8, {}, "--batch-size: need 2 or more for each of 8 equal processes"),
-        (METHODS, 3, {}, "--batch-size: need 2 or more for each of 3 equal processes"),
+        (METHODS, 8, {}, "--batch-size: need equal shares, 2 or more, for 8 processes"),
+        (METHODS, 3, {}, "--batch-size: need equal shares, 2 or more, for 3 processes"),
         ([cmsf_ssl], 1, {"num_candidates": 4}, "need --topk <= --num-candidates <= --bank-size"),
         ([cmsf_semi], 1, {"confidence": 1.5}, "--confidence: need a probability"),
         ([mnn], 1, {"bn_splits": 3}, "--bn-splits must divide --batch-size into parts of 2 or"),
