@@ -177,7 +177,7 @@ BLOCK = 512  # columns
 def largest(similarities, k):
     """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
     first: topk, but faster where m is large. It searches only the k blocks of columns with the
-    largest maxima: no number outside these blocks is above any of the k maxima."""
+    largest maxima: none of these k maxima is below any number outside their blocks."""
     columns = similarities.shape[1]
     # Plain topk where blocks do not divide the row, or where k of them are a large part of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
@@ -340,7 +340,8 @@ def label_purity(neighbor_labels, labels):
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
-    """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
+    """A torchvision ResNet that gives features [b, width], without classifier, and the width. Only
+    mnn.py passes a norm_layer."""
     if arch == "resnet10":
         net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     else:
@@ -419,18 +420,18 @@ def list_files(root, is_train, need_folders):
     if is_train and not names:
         raise FileNotFoundError(f"no images in {folder.absolute()}")
 
-    class_names = [os.path.dirname(name).split(os.sep)[0] for name in names]
+    file_classes = [os.path.dirname(name).split(os.sep)[0] for name in names]
     if (folder / "val_annotations.txt").exists():  # Tiny ImageNet has a list in place of folders
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
-        class_names = [listed.get(os.path.basename(name), "") for name in names]
+        file_classes = [listed.get(os.path.basename(name), "") for name in names]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     no_classes = ("unlabelled", "unlabeled")
     classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
     label_of = {name: label for label, name in enumerate(classes)}
-    labels = [label_of.get(name, -1) for name in class_names]
+    labels = [label_of.get(name, -1) for name in file_classes]
     return [os.path.join(folder, name) for name in names], labels
 
 
@@ -749,7 +750,7 @@ def embed(network, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
-    if dist.is_initialized():  # the first process's statistics: they differ without SyncBatchNorm
+    if dist.is_initialized():  # without SyncBatchNorm (on CPUs), statistics differ: use rank 0's
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     for (images,) in data.batches(indices[own].split(256), num_crops=0):
@@ -812,21 +813,20 @@ def resume(path, args, n, model, optimizer):
     """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
     SystemExit if the number of images or the model is another."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("images", n) != n:  # a file of another script may lack it: it is refused below
+    if state.get("method") != type(model).__name__:
+        raise SystemExit(f"{path} is of another script or version: choose a new --run-name")
+    if state["images"] != n:
         fault = f"{path} was trained on {state['images']} images, and now there are {n}"
         raise SystemExit(f"{fault}: restore them, or choose a new --run-name")
-    old_args = state.get("args", {})
     changes = []
     for name, value in vars(args).items():
-        old = old_args.get(name)
+        old = state["args"].get(name)
         if value != old:
             changes.append(f"--{name.replace('_', '-')} is now {value}, was {old}")
     try:
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
-        why = "it is of another script or version"
-        if changes and old_args.keys() == vars(args).keys():  # the same options: the same script
-            why = ", ".join(changes)
+    except RuntimeError as error:
+        why = ", ".join(changes) or "it has other networks"
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:
         raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
@@ -846,7 +846,7 @@ def failures_explained():
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
     except OSError as error:
-        # What a worker raises comes with its traceback: the last line is what it said.
+        # An error from a worker holds the worker's traceback; its last line is the message.
         raise SystemExit(str(error).strip().split("\n")[-1]) from error
     except RuntimeError as error:
         if not re.search(r"worker .*(killed|exited)|shared memory", str(error)):
@@ -857,8 +857,8 @@ def failures_explained():
 
 @failures_explained()
 def main(args):
-    """Train. Returns the last loss, knn and classifier (accuracies in percent, or None) and the
-    path of the checkpoint; loss and path are those of the run in the first process alone."""
+    """Train. Returns the last loss (of this process's images), knn and classifier (accuracies in
+    percent, or None) and the path of the checkpoint, which only the first process knows."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -930,7 +930,7 @@ def main(args):
         # No broadcast of buffers: all processes push the same rows into their banks.
         parallel_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if rank == 0:
-        # This makes the folder.
+        # Makes the folder, and hides what a stopped run logged after its last checkpoint.
         writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)
         writer.add_text("args", str(args))
         lines.append(f"training on {world_size} x {device.type}, writing to {folder}")
@@ -999,8 +999,9 @@ def main(args):
 
         if rank == 0:  # before the evaluation, which may fail
             state = {"model": model.state_dict(), "pushed": model.bank.pushed}
-            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-            state |= {"args": vars(args), "images": n, "step": step}  # step: for eval_linear.py
+            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1, "images": n}
+            state |= {"method": type(model).__name__, "args": vars(args)}
+            state |= {"step": step}  # for eval_linear.py
             save(backbone.state_dict(), folder / "backbone.pt")
             save(state, folder / "last.pt")
 

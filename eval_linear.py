@@ -4,11 +4,11 @@
 # ///
 """Judge the backbone of a checkpoint: k-NN and a linear probe on frozen features, or fine-tuning.
 
-    features     the backbone's pooled output, in eval mode, of images as they are tested
+    features     the backbone's pooled output, in eval mode, for whole images or center crops
     k-NN         the k nearest training images (cosine) vote, for k = 1, 20 (or as many as a class
                  has on average, if these are fewer) and 200 (weighted by similarity)
-    linear       a linear layer on frozen features of random crops, by one of two PROTOCOLS:
-                 raw for CIFAR, STL-10 and Tiny ImageNet, scaled for all others
+    linear       a linear layer on frozen features of random crops, raw for CIFAR, STL-10 and Tiny
+                 ImageNet, else scaled (to unit norm, then standardised); rates are in PROTOCOLS
     fine-tuned   backbone, projector and a linear layer, all trained
 
 Accuracies are those after the last epoch, not the best. The labelled images, or those that
@@ -56,13 +56,13 @@ class Args:
     checkpoint: str | None = None  # last.pt of a training script, or a file with a ResNet's weights
     # judge raw pixels or an untrained network, with data and network as in --checkpoint, if given
     baseline: Literal["raw", "random"] | None = None
-    prefix: str | None = None  # what the names of the backbone's tensors begin with
+    prefix: str | None = None  # how the backbone's tensors' names begin, without "module."
 
     # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder
     dataset: str | None = None
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
-    labels: str | None = None  # images that vote and train: 1pct to 100pct, or a list of files
+    labels: str | None = None  # images that vote and train: 1pct to 100pct, or a file listing them
     label_seed: int | None = None  # which images have the labels; the same as in cmsf_semi.py
 
     # network and views
@@ -76,7 +76,7 @@ class Args:
     rotation: float | None = None  # largest rotation in training, in degrees
 
     # training: a linear layer on frozen features or, with --fine-tune, all weights
-    protocol: Literal["raw", "scaled"] | None = None  # of the linear layer: see PROTOCOLS
+    protocol: Literal["raw", "scaled"] | None = None  # features as they are, or standardised
     fine_tune: bool = False  # train all weights
     epochs: int | None = None  # passes over the training images; 0: no linear layer
     lr: float | None = None  # learning rate of SGD, at first
@@ -97,7 +97,7 @@ RECIPES = {
         flip=0.0, rotation=10.0),
     "cifar10": AT_32,
     "cifar100": AT_32,
-    "stl10": replace(AT_64, image_size=96),  # trained on crops of 64 pixels, judged at its 96
+    "stl10": replace(AT_64, image_size=96),  # its full size; the scripts train at 64
     "tinyimagenet": AT_64,
     "imagenet": AT_224,
     "folder": AT_224,
@@ -135,7 +135,7 @@ def complete_args(args, run):
         raise SystemExit(f"{fault}, one of {', '.join(RECIPES)}")
     from_run = ["arch", "stem"]
     if run.get("dataset") == dataset:
-        from_run += ["data_dir", "flip", "rotation", "label_seed"]
+        from_run += ["data_dir", "flip", "rotation", "label_seed"]  # but the recipe's crop_scale
         if dataset != "stl10":  # which is judged at a larger size than it is trained at
             from_run.append("image_size")
 
@@ -144,7 +144,7 @@ def complete_args(args, run):
     values |= {name: value for name, value in vars(args).items() if value is not None}
     values["dataset"] = dataset
     if args.baseline == "raw" and args.protocol is None:
-        values["protocol"] = "scaled"  # pixels are no features to train on with a rate of 30
+        values["protocol"] = "scaled"  # the protocol "raw" has a rate of 30, too high for pixels
     protocol = PROTOCOLS["fine-tuned" if args.fine_tune else values["protocol"]]
     for name in ("epochs", "lr"):
         if values[name] is None:
@@ -203,8 +203,8 @@ def outputs(network, data, indices, rank, world_size):
     # In each round every process has one batch; gathered, they are in the order of the indices.
     own = wrapped.view(rounds, world_size, size)[:, rank]
     start = 0
-    for (images,) in data.batches(own, num_crops=0):
-        if images.shape[3] != data.args.image_size:
+    for (images,) in data.batches(own, num_crops=0):  # 0: one tensor, without random crops
+        if images.shape[3] != data.args.image_size:  # those in memory come in their full size
             side = [data.args.image_size] * 2
             images = F.interpolate(images, side, mode="bilinear", antialias=True)
         part = gather(network(images))[: n - start]  # without what was wrapped
@@ -261,11 +261,11 @@ class LinearProbe(nn.Module):
         return self.head(features)
 
 
-def fit(network, train, images, protocol, args, rank, world_size):
+def fit(network, train, chosen, protocol, args, rank, world_size):
     """Train those weights of a network that need a gradient, on the images with these indices [n].
     Epochs and learning rate are those of args; the milestones are moved in proportion. Raises
     SystemExit for batches that are too small, and if the loss is not finite."""
-    share = math.ceil(len(images) / world_size)  # images of each process
+    share = math.ceil(len(chosen) / world_size)  # images of each process
     steps = math.ceil(share * world_size / args.batch_size)
     least = 2 if network.training else 1  # BatchNorm needs two images
     if share // steps < least:  # the size of the smallest batch
@@ -286,9 +286,9 @@ def fit(network, train, images, protocol, args, rank, world_size):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     for epoch in range(args.epochs):
         generator = torch.Generator().manual_seed(args.seed * 1_000_000 + epoch)
-        order = images[torch.randperm(len(images), generator=generator)]
+        order = chosen[torch.randperm(len(chosen), generator=generator)]
         # As many for each process: if the images run out, the first come again.
-        own = order[torch.arange(rank, share * world_size, world_size) % len(images)]
+        own = order[torch.arange(rank, share * world_size, world_size) % len(chosen)]
         batches = own.tensor_split(steps)  # equal parts: a last one of one image fails in BatchNorm
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
         for indices, (crops,) in zip(batches, train.batches(batches, num_crops=1)):
@@ -357,17 +357,17 @@ def judge_frozen(encoder, train, test, args, rank, world_size):
 
 def judge_fine_tuned(network, train, test, args, rank, world_size):
     """Accuracy, in percent, of a linear layer on encoder and projector, after training all."""
-    images = labelled(train)
+    chosen = labelled(train)
     tested = labelled(test)
     answers = test.labels[tested]
     network = network.to(answers.device)
-    width = outputs(network, train, images[:1], rank, world_size).shape[1]
+    width = outputs(network, train, chosen[:1], rank, world_size).shape[1]
     num_classes = 1 + max(train.labels.max().item(), answers.max().item())
     network = nn.Sequential(network, nn.Linear(width, num_classes)).to(answers.device)
     if world_size > 1 and answers.is_cuda:  # SyncBatchNorm needs GPUs
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
     network.train()
-    fit(network, train, images, PROTOCOLS["fine-tuned"], args, rank, world_size)
+    fit(network, train, chosen, PROTOCOLS["fine-tuned"], args, rank, world_size)
     predicted = outputs(network, test, tested, rank, world_size).argmax(dim=1)
     results = {"fine-tuned": percent(predicted == answers)}
     tell(results, rank)
@@ -437,7 +437,7 @@ def draw_neighbors(train, test, voters, shown, features, queries):
 
 
 OWN = "model.online.0."  # what the backbone's names begin with in a checkpoint of these scripts
-# Elsewhere, the best first, without "state_dict." and "model.".
+# In other files, the best first; they are compared without "state_dict." and "model.".
 USUAL = ["online.0.", "", "encoder_q.", "backbone.", "teacher.backbone."]
 
 
@@ -488,9 +488,9 @@ def below(tensors, start):
 
 
 def name_numbered(tensors):
-    """Rename the children of ResNets that are numbered, as in MNN's files, as torchvision does. In
-    nn.Sequential(*children), 0 is conv1, 1 bn1 and, as 2 and 3 have no tensors, 4 layer1: the
-    numbers that have tensors are, in order, these children."""
+    """Give the numbered children of ResNets saved as nn.Sequential(*children), as in MNN's files,
+    torchvision's names. Children without tensors, such as ReLU, have a number too, so the numbers
+    that are found are matched with the names by their order."""
     children = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
     renamed = dict(tensors)
     for first, tensor in tensors.items():
@@ -545,8 +545,8 @@ def load_backbone(backbone, tensors, prefix, path):
 
 
 def load_projector(tensors, prefix, path):
-    """The projector behind the backbone with this prefix: a list of Linear, BatchNorm1d and ReLU.
-    It is online.1 for online.0, and fc elsewhere. The list may be empty."""
+    """The projector behind the backbone with this prefix: a list of Linear, BatchNorm1d and, before
+    each Linear but the first, ReLU. It is online.1 for online.0, fc elsewhere, and may be empty."""
     start = prefix + "fc."
     if prefix.endswith("online.0."):
         start = prefix.removesuffix("0.") + "1."
@@ -569,7 +569,7 @@ def load_projector(tensors, prefix, path):
 
 
 def load_encoder(args, content):
-    """Backbone and projector (a list of layers) from the content of args.checkpoint."""
+    """Backbone, projector (a list of layers) and prefix, from the content of args.checkpoint."""
     backbone, _ = build_backbone(args.arch, args.stem)
     tensors = drop_wrappers(named_tensors(content), args.checkpoint)
     prefix = args.prefix
@@ -589,7 +589,7 @@ def load_encoder(args, content):
 
 
 def is_own(content):
-    """Is this a checkpoint of these scripts?"""
+    """Is this a checkpoint of these scripts? No others have "pushed"."""
     return isinstance(content, dict) and {"model", "pushed", "args"} <= content.keys()
 
 
@@ -597,7 +597,8 @@ def is_own(content):
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
-    """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
+    """A torchvision ResNet that gives features [b, width], without classifier, and the width. Only
+    mnn.py passes a norm_layer."""
     if arch == "resnet10":
         net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     else:
@@ -669,18 +670,18 @@ def list_files(root, is_train, need_folders):
     if is_train and not names:
         raise FileNotFoundError(f"no images in {folder.absolute()}")
 
-    class_names = [os.path.dirname(name).split(os.sep)[0] for name in names]
+    file_classes = [os.path.dirname(name).split(os.sep)[0] for name in names]
     if (folder / "val_annotations.txt").exists():  # Tiny ImageNet has a list in place of folders
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
-        class_names = [listed.get(os.path.basename(name), "") for name in names]
+        file_classes = [listed.get(os.path.basename(name), "") for name in names]
     classes = []
     if (root / "train").is_dir():  # its folders number the classes of val/, too
         classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     no_classes = ("unlabelled", "unlabeled")
     classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
     label_of = {name: label for label, name in enumerate(classes)}
-    labels = [label_of.get(name, -1) for name in class_names]
+    labels = [label_of.get(name, -1) for name in file_classes]
     return [os.path.join(folder, name) for name in names], labels
 
 
@@ -908,7 +909,7 @@ def failures_explained():
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
     except OSError as error:
-        # What a worker raises comes with its traceback: the last line is what it said.
+        # An error from a worker holds the worker's traceback; its last line is the message.
         raise SystemExit(str(error).strip().split("\n")[-1]) from error
     except RuntimeError as error:
         if not re.search(r"worker .*(killed|exited)|shared memory", str(error)):
@@ -992,7 +993,7 @@ def main(args):
         print(source)
         print(f"{args.dataset}: {num_voters} training and {num_tested} test images with labels")
         if args.labels is None and trained_labels not in (None, "100pct"):
-            print(f"all labels vote and train; to leave out others, --labels {trained_labels}")
+            print(f"all labels vote and train; only those it had: --labels {trained_labels}")
         if args.fine_tune:
             print(f"fine-tuning with a projector of {len(projector)} layers", flush=True)
     name = "eval" if args.baseline is None else f"eval-{args.baseline}"
