@@ -39,24 +39,22 @@ def small_backbone(arch=None, stem=None, norm_layer=nn.BatchNorm2d):
     return nn.Sequential(*layers), 32
 
 
-def small_model(script, bank_size=20, num_images=24, topk=3, **changes):
+def small_model(script, num_images=24, norm_layer=nn.BatchNorm2d, **changes):
     """A script's model around a small backbone, for views [b, 3, 4, 4]."""
-    backbone, width = small_backbone(norm_layer=changes.pop("norm_layer", nn.BatchNorm2d))
-    options = {"topk": topk, "bank_size": bank_size, "ema": 0.9}
+    backbone, width = small_backbone(norm_layer=norm_layer)
+    options = {"topk": 3, "bank_size": 20, "ema": 0.9} | changes
     if script is msf:
         model = msf.MSF(backbone, width, **options)
     if script is cmsf_ssl:
-        options |= {"num_candidates": 6, "constraint": "previous-epoch"}
-        model = cmsf_ssl.CMSF(backbone, width, num_images, **options | changes)
+        options = {"num_candidates": 6, "constraint": "previous-epoch"} | options
+        model = cmsf_ssl.CMSF(backbone, width, num_images, **options)
     if script is cmsf_semi:
         images = torch.arange(num_images)
-        given = changes.pop("given", torch.where(images % 4 == 0, images % 3, -1))
-        options |= {"confidence": 0.85}
-        model = cmsf_semi.CMSF(backbone, width, given, **options | changes)
+        given = options.pop("given", torch.where(images % 4 == 0, images % 3, -1))
+        model = cmsf_semi.CMSF(backbone, width, given, **{"confidence": 0.85} | options)
     if script is mnn:
-        options |= {"hidden": 16, "lam": 0.4}
-        options |= {"weighting": True, "symmetric": True, "renormalize": False}
-        model = mnn.MNN(backbone, width, **options | changes)
+        choices = {"weighting": True, "symmetric": True, "renormalize": False}
+        model = mnn.MNN(backbone, width, **{"hidden": 16, "lam": 0.4} | choices | options)
     with torch.no_grad():  # so that online and target network differ
         for weight in model.online.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
