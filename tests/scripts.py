@@ -58,6 +58,7 @@ def small_model(script, num_images=24, norm_layer=nn.BatchNorm2d, **changes):
     with torch.no_grad():  # so that online and target network differ
         for weight in model.online.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
+    model.bank.embeddings.normal_()  # rows that are not in use, and must not be found
     return model
 
 
