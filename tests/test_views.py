@@ -17,8 +17,11 @@ SHARES = torch.linspace(0, 1, 11)
 @pytest.fixture
 def given_draws(monkeypatch):
     """What is drawn for 11 images goes from the lowest to the highest number, by SHARES."""
-    shares = SHARES.view(11, 1, 1, 1)
-    monkeypatch.setattr(msf, "uniform", lambda images, low, high: low + (high - low) * shares)
+
+    def draw(images, low, high):
+        return low + (high - low) * SHARES[: len(images)].view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(msf, "uniform", draw)
 
 
 def pictures(n, side=40):
