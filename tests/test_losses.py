@@ -1,6 +1,6 @@
 """The losses and the steps of the methods against their equations, in loops.
 
-q: queries, u: targets, M: bank. What a step should push and search is kept here in plain lists.
+q: queries, u: targets, M: bank. What a step should push and search is kept here in plain queues.
 """
 
 import copy
