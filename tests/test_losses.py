@@ -149,6 +149,26 @@ def test_a_step_of_cmsf_is_that_of_the_paper(constraint):
             assert len(model.clusters.unique()) > 1
 
 
+@pytest.mark.parametrize("constraint", ["previous-epoch", "kmeans"])
+def test_the_first_epoch_of_cmsf_is_that_of_msf(constraint):
+    """The same losses and gradients from the same seed."""
+    torch.manual_seed(0)
+    plain = small_model(msf)
+    torch.manual_seed(0)
+    model = small_model(cmsf_ssl, constraint=constraint)
+    for number, indices, labels, weak, strong in three_epochs():
+        if number == 3:
+            break
+        expected, _ = plain(weak, strong, labels)
+        loss, metrics = model(weak, strong, None, labels, indices)
+        torch.testing.assert_close(loss, expected)
+        assert metrics["rank"] == 2  # k - 1
+    expected.backward()
+    loss.backward()
+    for ours, theirs in zip(model.online.parameters(), plain.online.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_a_step_of_cmsf_with_labels_is_that_of_the_paper():
     """An image has the given label, else a confident prediction, else none, and is pushed with it.
     Its neighbours are the nearest rows of its label or, if it has none, of all."""
