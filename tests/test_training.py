@@ -1,24 +1,21 @@
 """Whole runs: what they print, write and return, how they continue, and how they fail.
 
-The networks are of one convolution, but for the test that training learns.
+The networks are of one convolution.
 """
 
 import math
-import multiprocessing
 import os
 import re
 import signal
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from scripts import (
     CPU,
-    FAKE_GPU,
     METHODS,
     arguments,
     assert_same_state,
@@ -30,8 +27,6 @@ from scripts import (
     tiny,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,66 +43,58 @@ pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def stripes(args, is_train):
-    """A split of 512 images of 16 pixels: stripes of any colour and phase, in eight directions,
-    which are the labels."""
-    generator = torch.Generator().manual_seed(int(is_train))
+    """A split of 512 images of stripes: of any colour and phase, and in eight directions, which are
+    the labels."""
+    torch.manual_seed(is_train)
     labels = torch.arange(512) % 8
     direction = labels.view(-1, 1, 1) * math.pi / 8
-    phase = 2 * math.pi * torch.rand(512, 1, 1, generator=generator)
-    color = torch.rand(512, 3, 1, 1, generator=generator)
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    phase = 2 * math.pi * torch.rand(512, 1, 1)
+    color = torch.rand(512, 3, 1, 1)
+    x = torch.arange(16.0)
+    y = x[:, None]
     waves = torch.sin(x * direction.cos() + y * direction.sin() + phase)[:, None]
     return (255 * color * (1 + waves) / 2).byte(), None, labels
-
-
-def three_convolutions(*given):
-    layers = []
-    for channels, out, stride in [(3, 32, 2), (32, 64, 2), (64, 128, 1)]:
-        convolution = torch.nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-        layers += [convolution, torch.nn.BatchNorm2d(out), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()), 128
 
 
 @pytest.mark.parametrize("script", METHODS)
 def test_training_learns(script, monkeypatch):
     """At first, images of one colour are neighbours; in the end, those of one direction."""
     monkeypatch.setattr(script, "load_split", stripes)
-    monkeypatch.setattr(script, "build_backbone", three_convolutions)
     changes = {"jitter": (0.8, 0.8, 0.8, 0.5), "gray": 0.2, "rotation": 0.0, "topk": 2}
-    changes |= {"batch_size": 64, "bank_size": 512, "ema": 0.95, "epochs": 24, "warmup_epochs": 2.0}
+    changes |= {"batch_size": 64, "bank_size": 512, "ema": 0.95, "epochs": 48, "warmup_epochs": 2.0}
     if script is cmsf_semi:
         changes["labels"] = "50pct"
     script.main(replace(script.RECIPES["digits"], run_name="a", **changes))
     curve = EventAccumulator("runs/a").Reload().Scalars("knn")
-    assert (curve[0].step, curve[-1].step) == (0, 24 * 8)
-    assert curve[0].value < 65 and curve[-1].value > curve[0].value + 15
+    # Without the optimiser's steps, BatchNorm's statistics alone bring 15.
+    assert curve[0].value < 50 and curve[-1].value > curve[0].value + 22
 
 
 @pytest.mark.parametrize("script", METHODS)
 def test_a_run_leaves_what_it_promises(script, capsys):
-    labelled_pictures()
-    args = tiny(script, run_name=None, log_every=1, knn_every=1)
+    labelled_pictures(each=12)  # three steps an epoch
+    args = tiny(script, run_name=None, log_every=2, knn_every=1)
     result = script.main(args)
     assert 0 < result["loss"] < 4 and result["knn"] == 100  # red and blue pictures
     last = Path(result["checkpoint"])
+    # To the microsecond: runs that start together have folders of their own.
+    name = rf"{script.__name__}-folder-0-\d{{8}}-\d{{6}}-\d{{6}}"
+    assert re.fullmatch(name, last.parent.name)
     run = torch.load(last, weights_only=True)
-    assert run["epoch"] == 2 and run["images"] == 16 and run["args"] == vars(args)
+    assert run["epoch"] == 2 and run["images"] == 24 and run["args"] == vars(args)
     backbone = torch.load(last.with_name("backbone.pt"), weights_only=True)
     for name, weight in backbone.items():
         assert torch.equal(weight, run["model"][f"online.0.{name}"])
 
     events = EventAccumulator(str(last.parent)).Reload()
-    for tag in ("loss", "spread", "lr", "images_per_s"):
-        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4]
-    assert events.Scalars("purity")[-1].step == 4  # in mnn.py, the first step has no neighbours
-    assert [event.step for event in events.Scalars("knn")] == [0, 2, 4]
-    assert "args/text_summary" in events.Tags()["tensors"]
+    for tag in ("loss", "purity", "spread", "lr", "images_per_s"):
+        assert [event.step for event in events.Scalars(tag)] == [2, 3, 5, 6]
+    assert [event.step for event in events.Scalars("knn")] == [0, 3, 6]
 
     lines = capsys.readouterr().out.splitlines()
-    assert "16 training images (16 labelled), 16 labelled test images" in lines
-    assert sum("k-NN accuracy 100.00%" in line for line in lines) == 3
-    epoch = r"epoch 1/2  step 2/2  loss \S+  purity \S+  .* \d+ images/s  \d:\d\d:\d\d left"
-    assert sum(bool(re.fullmatch(epoch, line)) for line in lines) == 1
+    assert "24 training images (24 labelled), 24 labelled test images" in lines
+    epoch = r"epoch 1/2  step 3/3  loss \S+  purity \S+  .* \d+ images/s  \d:\d\d:\d\d left"
+    assert any(re.fullmatch(epoch, line) for line in lines)
     assert lines[-1].endswith(f"python eval_linear.py --checkpoint {last}")
 
 
@@ -120,16 +107,6 @@ def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(s
     lines = capsys.readouterr().out.splitlines()
     assert "not all is measured: purity needs train/CLASS/, the k-NN val/CLASS/, too" in lines
     assert not any(re.search(r"%|purity \d|nan", line) for line in lines)
-    tags = EventAccumulator("runs/a").Reload().Tags()["scalars"]
-    assert "loss" in tags and "purity" not in tags and "knn" not in tags
-
-
-@pytest.mark.parametrize("script", METHODS)
-def test_every_run_without_a_name_has_a_folder_of_its_own(script):
-    labelled_pictures()
-    args = tiny(script, run_name=None, epochs=1)
-    checkpoints = {script.main(args)["checkpoint"] for _ in range(3)}
-    assert len(checkpoints) == 3 == len(os.listdir("runs"))
 
 
 def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
@@ -140,16 +117,9 @@ def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
     assert "--warmup-epochs is as long as the run (fine for a trial): the rate never falls" in lines
 
 
-@pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
-def test_a_backbone_is_torchvisions_without_its_last_layer(arch, width):
-    backbone, stated_width = build_backbone(arch, "imagenet")
-    assert backbone(torch.rand(2, 3, 64, 64)).shape == (2, width) == (2, stated_width)
-    net = getattr(torchvision.models, arch)()
-    net.fc = torch.nn.Identity()
-    net.load_state_dict(backbone.state_dict())
-
-
-@pytest.mark.parametrize("stem, side", [("small", 8), ("small-pool", 4), ("small-stride", 4)])
+@pytest.mark.parametrize(
+    "stem, side", [("imagenet", 2), ("small", 8), ("small-pool", 4), ("small-stride", 4)]
+)
 def test_the_stems_for_small_images_keep_their_resolution(stem, side):
     """Sides of the last of the four stages' images, of a view of 64 pixels."""
     backbone, _ = build_backbone("resnet10", stem)
@@ -162,36 +132,26 @@ def test_the_stems_for_small_images_keep_their_resolution(stem, side):
 # ---- k-NN and learning rate
 
 
-class Pixels(torch.nn.Module):
-    """A backbone whose features are the pixels."""
-
-    def forward(self, images):
-        return images.flatten(1)
-
-
-def test_knn_accuracy_equals_loops():
-    images = (torch.rand(150, 3, 16, 16) * 255).byte()
-    labels = torch.randint(0, 3, (150,))
+@pytest.mark.parametrize("n", [40, 110])
+def test_knn_accuracy_equals_loops(n):
+    """20 images vote, and no more than a class has on average."""
+    images = (torch.rand(n + 40, 3, 16, 16) * 255).byte()
+    labels = torch.randint(0, 3, (n + 40,))
     labels[::7] = -1  # neither voted on nor voting
-    train = data_of(images[:110], labels[:110])
-    test = data_of(images[110:], labels[110:])
+    train = data_of(images[:n], labels[:n])
+    test = data_of(images[n:], labels[n:])
+    k = min(20, math.ceil((train.labels >= 0).sum().item() / 3))
     features = torch.nn.functional.normalize(msf.standardize(images / 255).flatten(1), dim=1)
     correct = []
-    for i in range(110, 150):
-        order = (features[:110] @ features[i]).argsort(descending=True).tolist()
-        votes = [labels[j].item() for j in order if labels[j] >= 0][:20]
+    for i in range(n, n + 40):
+        order = (features[:n] @ features[i]).argsort(descending=True).tolist()
+        votes = [labels[j].item() for j in order if labels[j] >= 0][:k]
         answer = max(range(3), key=lambda label: (votes.count(label), -label))
         if labels[i] >= 0:
             correct.append(answer == labels[i])
     expected = 100 * sum(correct).item() / len(correct)
-    assert msf.knn_accuracy(Pixels(), train, test, 0, 1) == pytest.approx(expected)
-
-
-def test_no_more_neighbours_vote_than_a_class_has():
-    images = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
-    images[:2, 0] = 255  # two red ones against four black ones
-    train = data_of(images, [0, 0, 1, 1, 1, 1])
-    assert msf.knn_accuracy(Pixels(), train, data_of(images[:1], [0]), 0, 1) == 100
+    pixels = torch.nn.Flatten()  # a backbone whose features are the pixels
+    assert msf.knn_accuracy(pixels, train, test, 0, 1) == pytest.approx(expected)
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -239,59 +199,46 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, changes, monkey
 def test_changed_arguments_are_printed_and_count(capsys):
     labelled_pictures()
     msf.main(tiny(msf))
-    capsys.readouterr()
-    msf.main(tiny(msf, epochs=3, weight_decay=0.25, momentum=0.5))
+    msf.main(tiny(msf, epochs=3, weight_decay=0.25))
     lines = capsys.readouterr().out.splitlines()
-    assert "continuing after epoch 2 of 3" in lines
-    assert [line for line in lines if " is now " in line] == [
-        "--epochs is now 3, was 2",
-        "--momentum is now 0.5, was 0.9",
-        "--weight-decay is now 0.25, was 0.0005",
-    ]
-    group = checkpoint()["optimizer"]["param_groups"][0]
-    assert (group["weight_decay"], group["momentum"]) == (0.25, 0.5)
-
-
-def test_a_run_does_not_continue_on_another_number_of_images():
-    labelled_pictures()
-    msf.main(tiny(msf))
-    before = Path("runs/a/last.pt").read_bytes()
-    Path("photos/train/cat/3.jpg").unlink()
-    message = r"^runs/a/last.pt was trained on 16 .*there are 15: restore[^\n]*$"
-    with pytest.raises(SystemExit, match=message):
-        msf.main(tiny(msf, epochs=3))
-    assert Path("runs/a/last.pt").read_bytes() == before
-
-
-def test_a_run_does_not_continue_with_other_sizes_or_another_script():
-    labelled_pictures()
-    msf.main(tiny(msf))
-    message = r"^runs/a/last.pt does not fit: .*--bank-size is now 24, was 16. Choose [^\n]*$"
-    with pytest.raises(SystemExit, match=message):
-        msf.main(tiny(msf, epochs=3, bank_size=24))
-    for script in METHODS[1:]:
-        with pytest.raises(SystemExit, match="^runs/a/last.pt is of another script or version"):
-            script.main(tiny(script, epochs=3))
-
-
-def test_a_run_does_not_go_back():
-    labelled_pictures()
-    msf.main(tiny(msf))
-    with pytest.raises(SystemExit, match="last.pt has 2 epochs, more than --epochs 1"):
-        msf.main(tiny(msf, epochs=1))
+    changes = ["--epochs is now 3, was 2", "--weight-decay is now 0.25, was 0.0005"]
+    assert [line for line in lines if " is now " in line] == changes
+    assert checkpoint()["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
 
 
 # ---- failures
 
 
-def test_what_is_not_finite_stops_the_run_and_the_checkpoint_stays():
+@pytest.fixture
+def trained():
+    """A run of two epochs on 16 pictures. Whatever then fails, its checkpoint stays."""
     labelled_pictures()
     msf.main(tiny(msf))
     before = Path("runs/a/last.pt").read_bytes()
-    message = r"^weights not finite by step 6, lr .*; lower --lr$"
-    with pytest.raises(SystemExit, match=message):
-        msf.main(tiny(msf, lr=1e38, epochs=3))
+    yield
     assert Path("runs/a/last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "script, changes, message",
+    [
+        (msf, {"bank_size": 24}, "last.pt does not fit: .*--bank-size is now 24, was 16. Choose"),
+        (mnn, {}, "last.pt is of another script or version"),
+        (msf, {"epochs": 1}, "last.pt has 2 epochs, more than --epochs 1"),
+        (msf, {"data_dir": "half"}, "last.pt was trained on 16 .* there are 8: restore"),
+        (msf, {"lr": 1e38}, "weights not finite by step 6, lr .*; lower --lr"),
+    ],
+)
+def test_what_cannot_go_on_is_answered_by_one_line(script, changes, message, trained):
+    labelled_pictures("half", each=4)
+    with pytest.raises(SystemExit, match=rf"^[^\n]*{message}[^\n]*$"):
+        script.main(tiny(script, **{"epochs": 3} | changes))
+
+
+def test_a_full_disk_is_named(trained):
+    os.symlink("/dev/full", "runs/a/last.tmp")
+    with pytest.raises(SystemExit, match=r"^\[Errno 28\] No space left on device[^\n]*$"):
+        msf.main(tiny(msf, epochs=3))
 
 
 @pytest.mark.parametrize("size, num_workers", [(16, 1), (96, 0)])
@@ -320,67 +267,47 @@ def test_a_test_picture_that_becomes_unreadable_loses_no_training(monkeypatch):
     assert msf.main(args)["knn"] is not None
 
 
-def test_too_little_shared_memory_is_explained(monkeypatch):
-    """What a worker raises in a container with 64 MiB of /dev/shm."""
+def without_shared_memory(path):
+    """Raises what a worker does in a container with 64 MiB of /dev/shm."""
+    raise RuntimeError("unable to allocate shared memory (shm): No space left on device (28)")
+
+
+def killed(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bug(path):
+    raise RuntimeError("shapes do not match")
+
+
+HINT = r"^Reading images failed; .*--num-workers .*docker run --shm-size=8g.\n"
+
+
+@pytest.mark.parametrize(
+    "read_image, error, message",
+    [
+        (without_shared_memory, SystemExit, HINT + r"(?s:.*)No space left on device \(28\)$"),
+        (killed, SystemExit, HINT + "DataLoader worker .* exited"),
+        (bug, RuntimeError, "shapes do not match"),
+    ],
+)
+def test_readers_without_memory_are_explained_and_a_bug_keeps_its_traceback(
+    read_image, error, message, monkeypatch
+):
     labelled_pictures(side=120)
-
-    def out_of_memory(crops):
-        raise RuntimeError("unable to allocate shared memory (shm): No space left on device (28)")
-
-    monkeypatch.setattr(torch, "stack", out_of_memory)
-    with pytest.raises(SystemExit) as caught:
+    monkeypatch.setattr(msf, "read_image", read_image)
+    with pytest.raises(error, match=message):
         msf.main(tiny(msf, image_size=96, num_workers=1))
-    first, *cause = str(caught.value).splitlines()
-    assert "--num-workers" in first and "docker run --shm-size" in first
-    assert "No space left on device" in cause[-1]
-
-
-def test_a_reader_that_is_killed_is_explained(monkeypatch):
-    labelled_pictures(side=120)
-    monkeypatch.setattr(msf, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(SystemExit) as caught:
-        msf.main(tiny(msf, image_size=96, num_workers=1))
-    first, *cause = str(caught.value).splitlines()
-    assert "--num-workers" in first and "DataLoader worker" in cause[-1]
-
-
-def test_a_full_disk_is_named_and_leaves_the_last_checkpoint():
-    labelled_pictures()
-    msf.main(tiny(msf))
-    before = Path("runs/a/last.pt").read_bytes()
-    os.symlink("/dev/full", "runs/a/last.tmp")
-    with pytest.raises(SystemExit, match=r"^\[Errno 28\] No space left on device[^\n]*$"):
-        msf.main(tiny(msf, epochs=3))
-    assert Path("runs/a/last.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("function, num_workers", [("weak_view", 0), ("pil_to_tensor", 1)])
-def test_a_bug_keeps_its_traceback(function, num_workers, monkeypatch):
-    """In the loop, and in a process that reads images."""
-    labelled_pictures(side=120)
-
-    def bug(*given):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(msf, function, bug)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        msf.main(tiny(msf, image_size=96, num_workers=num_workers))
 
 
 def test_pictures_are_read_under_any_start_method(monkeypatch):
     """spawn: as on macOS and Windows, where workers get what they need by pickling."""
     labelled_pictures(side=100)
-    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
-    multiprocessing.set_start_method("spawn")
-    try:
-        data = msf.ImageData(tiny(msf, image_size=96, num_workers=1), is_train=True, device=CPU)
-        (crops,) = data.batches(torch.arange(16)[None], num_crops=2)
-        assert crops[0].shape == (16, 3, 96, 96)
-    finally:
-        multiprocessing.set_start_method("fork", force=True)
-
-
-ROWS = "need --topk <= --batch-size (rows of the first step)"
+    loader = partial(msf.DataLoader, multiprocessing_context="spawn")
+    monkeypatch.setattr(msf, "DataLoader", loader)
+    data = msf.ImageData(tiny(msf, image_size=96, num_workers=1), is_train=True, device=CPU)
+    (crops,) = data.batches(torch.arange(16)[None], num_crops=2)
+    assert crops[0].shape == (16, 3, 96, 96)
 
 
 @pytest.mark.parametrize(
@@ -388,8 +315,8 @@ ROWS = "need --topk <= --batch-size (rows of the first step)"
     [
         (METHODS, 1, {"epochs": 0}, "--epochs must be at least 1"),
         (METHODS, 1, {"run_name": "runs/a"}, "--run-name is the name of a folder in runs/"),
-        (METHODS, 1, {"topk": 9}, ROWS),
-        (METHODS, 1, {"bank_size": 7}, ROWS),
+        (METHODS, 1, {"topk": 9}, "need --topk <= --batch-size"),
+        (METHODS, 1, {"bank_size": 7}, "need --topk <= --batch-size"),
         (METHODS, 8, {}, "--batch-size: need equal shares, 2 or more, for 8 processes"),
         (METHODS, 3, {}, "--batch-size: need equal shares, 2 or more, for 3 processes"),
         ([cmsf_ssl], 1, {"num_candidates": 4}, "need --topk <= --num-candidates <= --bank-size"),
@@ -408,90 +335,69 @@ def test_arguments_that_cannot_train_are_answered_by_one_line(
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("n", [2, 7, 30, 300])
+@pytest.mark.parametrize("n", [2, 7, 300])
 def test_the_values_that_are_said_to_fit_do_fit(n):
     """The recipe for small folders, on too few pictures."""
     args = replace(msf.RECIPES["small-folder"], batch_size=512)
     train = data_of(None, [-1] * n)
     with pytest.raises(SystemExit) as caught:
         msf.check_data(args, train, train, 1)
-    advice = re.findall(r"--([a-z-]+) (\d+)", str(caught.value).partition("try ")[2])
-    changes = {name.replace("-", "_"): int(value) for name, value in advice}
-    assert changes.keys() - {"topk"} == {"batch_size", "bank_size"}
-    args = replace(args, **changes)
+    for name, value in re.findall(r"--([a-z-]+) (\d+)", str(caught.value).partition("try ")[2]):
+        args = replace(args, **{name.replace("-", "_"): int(value)})
     msf.check_args(args, 1)
-    msf.check_data(args, train, train, 1)
+    (line,) = msf.check_data(args, train, train, 1)[1:]
+    assert line.startswith("not all is measured")  # no other advice
 
 
 # ---- the command line
 
 
 @pytest.mark.parametrize("script", METHODS)
-def test_help_shows_the_values_of_the_data_set(script, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys, "argv", [script.__name__, "--dataset", "cifar10", "--help"])
-    with pytest.raises(SystemExit):
-        script.parse_args()
-    text = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
-    for field in fields(script.Args):
-        option = rf"--(no-)?{field.name.replace('_', '-')}[ ,]"
-        assert re.search(option + r".*? [a-zA-Z(]{2,} .*?\(default: ", text), field.name
-    for part in ("(default: cifar10)", "(default: 0.06)", "(default: 4096)", "(default: resnet18)"):
-        assert part in text
-
-
-@pytest.mark.parametrize("script", METHODS)
-def test_what_is_given_wins_over_the_recipe(script, monkeypatch):
+def test_the_data_set_chooses_a_recipe_and_what_is_given_wins(script, monkeypatch, capsys):
     words = "x --lr 0.5 --dataset=stl10 --jitter 0 0.1 0.2 0.3 --no-amp"
     monkeypatch.setattr(sys, "argv", words.split())
     changes = {"lr": 0.5, "jitter": (0.0, 0.1, 0.2, 0.3), "amp": False}
     assert script.parse_args() == replace(script.RECIPES["stl10"], **changes)
 
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--help"])
+    with pytest.raises(SystemExit):
+        script.parse_args()
+    assert "highest learning rate of SGD (default: 0.06)" in capsys.readouterr().out
 
-# ---- on a GPU, shown without one by fake tensors, which have a device and no numbers
+
+# ---- on a GPU, shown without one on the device meta, where tensors have no numbers
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails where two devices meet: a host that copies from unpinned memory waits for the GPU. What
-    waits for a number (item, nonzero) is refused by fake tensors themselves."""
+    """Fails where two devices meet: a host that copies from its memory waits for the GPU. What
+    waits for a number (item, nonzero) is refused by meta tensors themselves."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
-        if "copy" not in str(function) and "index_put" not in str(function):
-            # Other functions take a number of the host's as it is.
-            tensors = [tensor for tensor in tensors if tensor.dim() > 0]
         assert len({tensor.device for tensor in tensors}) <= 1, f"{function} between devices"
         return result
 
 
-@FAKE_GPU
 @pytest.mark.parametrize("script", METHODS)
 def test_views_and_step_never_wait_for_the_device(script, monkeypatch):
-    changes = {"norm_layer": partial(mnn.SplitBatchNorm, splits=8)} if script is mnn else {}
-    model = small_model(script, bank_size=640, num_images=1000, **changes)
+    changes = {}
+    if script is mnn:
+        changes = {"lam": "random", "norm_layer": partial(mnn.SplitBatchNorm, splits=8)}
+    model = small_model(script, bank_size=640, num_images=1000, **changes).to("meta")
     model.bank.pushed = 700  # the bank is full
     args = replace(script.RECIPES["imagenet"], image_size=16, rotation=10.0)
-    randperm = torch.randperm
-
-    def randperm_on_the_host(n, device=None):
-        if device is not None:
-            return randperm(n, device=device)
-        with unset_fake_temporarily():  # the order of the colour operations
-            return randperm(n)
-
-    monkeypatch.setattr(torch, "randperm", randperm_on_the_host)
-    with FakeTensorMode():
-        state = {}
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-            state[name] = fake.requires_grad_(value.requires_grad)
-        images = torch.empty(64, 3, 16, 16, device="cuda")
-        labels = torch.empty(64, dtype=torch.int64, device="cuda")
-        with OneDevice():
-            weak = script.weak_view(script.random_crop(images, args), args)
-            strong = script.strong_view(script.random_crop(images, args), args)
-            batch = arguments(script, weak, strong, labels, labels)
-            loss, metrics = functional_call(model, state, batch)
-        assert loss.device.type == "cuda"
-        assert {value.device.type for value in metrics.values()} == {"cuda"}
+    images = torch.empty(64, 3, 16, 16, device="meta")
+    labels = torch.empty(64, dtype=torch.int64, device="meta")
+    # These copy from the host to a GPU, but nothing to the device meta.
+    monkeypatch.delattr(torch, "tensor")
+    monkeypatch.delattr(torch, "as_tensor")
+    with OneDevice():
+        weak = script.weak_view(script.random_crop(images, args), args)
+        strong = script.strong_view(script.random_crop(images, args), args)
+        loss, metrics = model(*arguments(script, weak, strong, labels, labels))
+        loss.backward()
+        model.update_target()
+    for result in (loss, *metrics.values()):
+        assert result.device.type == "meta"
