@@ -56,7 +56,7 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 class Args:
     """Train with constrained mean shift and labels. The defaults depend on --dataset."""
 
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (64 pixels)
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -177,7 +177,7 @@ BLOCK = 512  # columns
 def largest(similarities, k):
     """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
     first: topk, but faster where m is large. It searches only the k blocks of columns with the
-    largest maxima: none of these k maxima is below any number outside their blocks."""
+    largest maxima: a number in any other block is at most as large as each of these k maxima."""
     columns = similarities.shape[1]
     # Plain topk where blocks do not divide the row, or where k of them are a large part of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
@@ -190,7 +190,7 @@ def largest(similarities, k):
     return values, block * BLOCK + found % BLOCK
 
 
-@torch.autocast("cuda", enabled=False)  # unlike the networks, not in bfloat16
+@torch.autocast("cuda", enabled=False)  # not in bfloat16; main sets TF32
 def nearest_neighbors(targets, bank, k):
     """For the k-NN: indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest
     first. All have unit norm, so the nearest has the largest dot product. ValueError for k > m."""
@@ -244,7 +244,7 @@ class CMSF(nn.Module):
         if (given_labels < 0).any():
             num_classes = given_labels.max().item() + 1
             self.classifier = mlp(dim, 2 * dim, num_classes).requires_grad_(False)
-            cache_size = len(given_labels)  # a row for every image, though only the labelled count
+            cache_size = len(given_labels)  # a row for every image, used where a label is given
         self.register_buffer("classifier_trained", torch.tensor(False))
         # A copy: resume writes a checkpoint's labels into it, and main compares them with its own.
         self.register_buffer("given_labels", given_labels.clone())
@@ -321,7 +321,7 @@ class CMSF(nn.Module):
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-            self.classifier.eval().requires_grad_(False)
+            self.classifier.requires_grad_(False)
         self.classifier_trained.fill_(True)
         if dist.is_initialized():
             for tensor in self.classifier.state_dict().values():
@@ -330,18 +330,18 @@ class CMSF(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
-    NaN if none are. With few known labels, this is near 1: an image is a neighbour of itself."""
+    NaN if none are. Where few true labels are known, this is near 1: each image finds itself."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
 
 
 # ======== networks ========
+# From here to main, the same in every script; mnn.py passes a norm_layer.
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
-    """A torchvision ResNet that gives features [b, width], without classifier, and the width. Only
-    mnn.py passes a norm_layer."""
+    """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
     if arch == "resnet10":
         net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     else:
@@ -568,8 +568,8 @@ def listed_images(path, data):
         raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
-    # Look up the file's name first, for speed. Then compare ends from a "/" on (put before C: too),
-    # so that a/1.jpg is not taken for ba/1.jpg.
+    # By the file's name first, for speed. Then compare with a "/" before both (a place may start
+    # with C:), so that a/1.jpg is not taken for ba/1.jpg.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")
@@ -737,7 +737,7 @@ def check_data(args, train, test, world_size):
             "--warmup-epochs is as long as the run (fine for a trial): the rate never falls"
         )
     if labelled == 0 or tested == 0:
-        lines.append("not all is measured: purity needs train/CLASS/, the k-NN val/CLASS/, too")
+        lines.append("not all is measured: purity needs train/CLASS/; k-NN also needs val/CLASS/")
     return lines
 
 
@@ -750,7 +750,7 @@ def embed(network, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
-    if dist.is_initialized():  # without SyncBatchNorm (on CPUs), statistics differ: use rank 0's
+    if dist.is_initialized():  # without SyncBatchNorm, the statistics differ: use rank 0's
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     for (images,) in data.batches(indices[own].split(256), num_crops=0):
@@ -858,7 +858,7 @@ def failures_explained():
 @failures_explained()
 def main(args):
     """Train. Returns the last loss (of this process's images), knn and classifier (accuracies in
-    percent, or None) and the path of the checkpoint, which only the first process knows."""
+    percent, or None) and the path of the checkpoint (true in the first process)."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -912,7 +912,7 @@ def main(args):
     )
 
     new_name = f"cmsf_semi-{args.dataset}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs", args.run_name or new_name)  # new_name differs by process: rank 0's counts
+    folder = Path("runs", args.run_name or new_name)  # new_name differs by process; rank 0 writes
     first_epoch = 0
     if (folder / "last.pt").exists():
         first_epoch, news = resume(folder / "last.pt", args, n, model, optimizer)
@@ -927,7 +927,7 @@ def main(args):
             network.compile()
     parallel_model = model
     if world_size > 1:
-        # No broadcast of buffers: all processes push the same rows into their banks.
+        # No broadcast of buffers: the banks are alike, and embed sees to BatchNorm's statistics.
         parallel_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
@@ -954,8 +954,9 @@ def main(args):
     for epoch in range(first_epoch, args.epochs):
         if epoch % args.knn_every == 0:
             measure(epoch)  # at first, that of the untrained network
-        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)  # the same if continued
         order = epoch_order(n, epoch, args, rank, world_size).to(device)
+        # For crops and views: of every process its own, and the same if continued.
+        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
         started = time.time()
         history = []
         for i, crops in enumerate(train.batches(order, num_crops=2)):

@@ -6,8 +6,8 @@
 
 An online encoder f with a predictor h learns from a target encoder g, the moving average of f.
 MSF pulls an image towards the rows of a memory bank M nearest to its target embedding u; being near
-already, they teach little. CMSF also pulls it towards rows C that are near by another embedding u'
-and maybe far by u: row j of a bank M' is the u' of the image whose u is M_j. norm(x) = x / ||x||.
+already, they teach little. CMSF also pulls it towards rows C: nearest by another embedding u', and
+maybe far by u. Row j of M is the u, row j of a bank M' the u' of one image. norm(x) = x / ||x||.
 
     target   u = norm(g(weak view)), which is pushed into M, and u' into M' with it
     query    q = norm(h(f(strong view)))
@@ -57,7 +57,7 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 class Args:
     """Train with constrained mean shift. The defaults depend on --dataset."""
 
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (64 pixels)
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -91,7 +91,7 @@ class Args:
     # constrained mean shift
     constraint: Literal["previous-epoch", "third-view", "kmeans"] = "previous-epoch"
     topk: int = 5  # neighbours k, the image itself being the first
-    num_candidates: int = 5  # rows n of C; the authors' script has n = k: all of C; not for kmeans
+    num_candidates: int = 5  # size n of C, not for kmeans; the authors' n = k leaves no choice in C
     images_per_cluster: int = 25  # on average, for kmeans; ours
     bank_size: int = 1024  # rows of the memory bank M
     ema: float = 0.99  # share of the target encoder g that a step keeps
@@ -183,7 +183,7 @@ BLOCK = 512  # columns
 def largest(similarities, k):
     """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
     first: topk, but faster where m is large. It searches only the k blocks of columns with the
-    largest maxima: none of these k maxima is below any number outside their blocks."""
+    largest maxima: a number in any other block is at most as large as each of these k maxima."""
     columns = similarities.shape[1]
     # Plain topk where blocks do not divide the row, or where k of them are a large part of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
@@ -196,7 +196,7 @@ def largest(similarities, k):
     return values, block * BLOCK + found % BLOCK
 
 
-@torch.autocast("cuda", enabled=False)  # unlike the networks, not in bfloat16
+@torch.autocast("cuda", enabled=False)  # not in bfloat16; main sets TF32
 def similarity(targets, bank):
     """Dot products [b, m] of targets [b, D] and the rows of bank [m, D]. All have unit norm, so the
     nearest row has the largest product."""
@@ -213,9 +213,9 @@ def nearest_neighbors(targets, bank, k):
 
 
 def constrained_neighbors(targets, bank, previous_targets, previous_bank, k, num_candidates):
-    """Indices [b, k] of the rows of bank [m, D] (M) nearest to targets [b, D] (u), nearest first,
-    of those in C: the num_candidates rows of previous_bank [m, D] (M') nearest to previous_targets
-    [b, D] (u', of the epoch before or of a third view)."""
+    """Of C, the num_candidates rows of previous_bank [m, D] (M') nearest to previous_targets [b, D]
+    (u', of the epoch before or of a third view), the k whose rows of bank [m, D] (M) are nearest
+    to targets [b, D] (u). Indices [b, k], nearest first."""
     candidates = nearest_neighbors(previous_targets, previous_bank, num_candidates)  # C, [b, n]
     similarities = (targets[:, None] * bank[candidates]).sum(dim=2)  # [b, n]
     best = similarities.topk(k, dim=1).indices
@@ -352,18 +352,18 @@ class CMSF(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
-    NaN if none are. With few known labels, this is near 1: an image is a neighbour of itself."""
+    NaN if none are. Where few true labels are known, this is near 1: each image finds itself."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
 
 
 # ======== networks ========
+# From here to main, the same in every script; mnn.py passes a norm_layer.
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
-    """A torchvision ResNet that gives features [b, width], without classifier, and the width. Only
-    mnn.py passes a norm_layer."""
+    """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
     if arch == "resnet10":
         net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     else:
@@ -710,7 +710,7 @@ def check_data(args, train, test, world_size):
             "--warmup-epochs is as long as the run (fine for a trial): the rate never falls"
         )
     if labelled == 0 or tested == 0:
-        lines.append("not all is measured: purity needs train/CLASS/, the k-NN val/CLASS/, too")
+        lines.append("not all is measured: purity needs train/CLASS/; k-NN also needs val/CLASS/")
     return lines
 
 
@@ -723,7 +723,7 @@ def embed(network, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
-    if dist.is_initialized():  # without SyncBatchNorm (on CPUs), statistics differ: use rank 0's
+    if dist.is_initialized():  # without SyncBatchNorm, the statistics differ: use rank 0's
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     for (images,) in data.batches(indices[own].split(256), num_crops=0):
@@ -820,7 +820,7 @@ def failures_explained():
 @failures_explained()
 def main(args):
     """Train. Returns the last loss (of this process's images), knn (the k-NN accuracy in percent,
-    None without labels) and the path of the checkpoint, which only the first process knows."""
+    None without labels) and the path of the checkpoint (true in the first process)."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -876,7 +876,7 @@ def main(args):
     )
 
     new_name = f"cmsf_ssl-{args.dataset}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs", args.run_name or new_name)  # new_name differs by process: rank 0's counts
+    folder = Path("runs", args.run_name or new_name)  # new_name differs by process; rank 0 writes
     first_epoch = 0
     if (folder / "last.pt").exists():
         first_epoch, news = resume(folder / "last.pt", args, n, model, optimizer)
@@ -889,7 +889,7 @@ def main(args):
             network.compile()
     parallel_model = model
     if world_size > 1:
-        # No broadcast of buffers: all processes push the same rows into their banks.
+        # No broadcast of buffers: the banks are alike, and embed sees to BatchNorm's statistics.
         parallel_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
@@ -910,8 +910,9 @@ def main(args):
     for epoch in range(first_epoch, args.epochs):
         if epoch % args.knn_every == 0:
             measure_knn(epoch)  # at first, that of the untrained network
-        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)  # the same if continued
         order = epoch_order(n, epoch, args, rank, world_size).to(device)
+        # For crops and views: of every process its own, and the same if continued.
+        torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
         started = time.time()
         history = []
         for i, crops in enumerate(train.batches(order, num_crops)):

@@ -58,7 +58,7 @@ class Args:
     baseline: Literal["raw", "random"] | None = None
     prefix: str | None = None  # how the backbone's tensors' names begin, without "module."
 
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (64 pixels)
     dataset: str | None = None
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -594,11 +594,11 @@ def is_own(content):
 
 
 # ======== networks ========
+# Networks, data and views are the same in every script; mnn.py passes a norm_layer.
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
-    """A torchvision ResNet that gives features [b, width], without classifier, and the width. Only
-    mnn.py passes a norm_layer."""
+    """A torchvision ResNet that gives features [b, width], without classifier, and the width."""
     if arch == "resnet10":
         net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
     else:
@@ -809,8 +809,8 @@ def listed_images(path, data):
         raise SystemExit(f"--labels {path}: neither 1pct to 100pct nor a file")
     if data.paths is None:
         raise SystemExit(f"--labels {path}: a list needs image files; here, use 1pct to 100pct")
-    # Look up the file's name first, for speed. Then compare ends from a "/" on (put before C: too),
-    # so that a/1.jpg is not taken for ba/1.jpg.
+    # By the file's name first, for speed. Then compare with a "/" before both (a place may start
+    # with C:), so that a/1.jpg is not taken for ba/1.jpg.
     images_of = {}  # name of a file -> (image, path) of all that have it
     for i in (data.labels >= 0).nonzero().squeeze(1).tolist():
         place = os.path.abspath(data.paths[i]).replace(os.sep, "/")

@@ -108,7 +108,7 @@ def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(s
     result = script.main(tiny(script))
     assert math.isfinite(result["loss"]) and result["knn"] is None
     lines = capsys.readouterr().out.splitlines()
-    assert "not all is measured: purity needs train/CLASS/, the k-NN val/CLASS/, too" in lines
+    assert "not all is measured: purity needs train/CLASS/; k-NN also needs val/CLASS/" in lines
     assert not any(re.search(r"%|purity \d|nan", line) for line in lines)
 
 
