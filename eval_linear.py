@@ -992,7 +992,7 @@ def main(args):
     if rank == 0:
         print(source)
         print(f"{args.dataset}: {num_voters} training and {num_tested} test images with labels")
-        if args.labels is None and trained_labels not in (None, "100pct"):
+        if can_judge and args.labels is None and trained_labels not in (None, "100pct"):
             print(f"all labels vote and train; only those it had: --labels {trained_labels}")
         if args.fine_tune:
             print(f"fine-tuning with a projector of {len(projector)} layers", flush=True)

@@ -762,8 +762,9 @@ def main(args):
             network.compile()
     parallel_model = model
     if world_size > 1:
-        # No broadcast of buffers: the banks are alike, and embed sees to BatchNorm's statistics.
-        parallel_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel_model = nn.parallel.DistributedDataParallel(model)
+        # Not before each step: the banks are alike, and embed sees to BatchNorm's statistics.
+        parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
         writer = SummaryWriter(folder, purge_step=first_epoch * steps_per_epoch + 1)

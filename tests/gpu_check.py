@@ -267,8 +267,8 @@ class Trainer:
         if on_gpu:
             for network in (self.model.online, self.model.predictor, self.model.target):
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        parallel = nn.parallel.DistributedDataParallel
-        self.parallel_model = parallel(self.model, broadcast_buffers=False)
+        self.parallel_model = nn.parallel.DistributedDataParallel(self.model)
+        self.parallel_model.broadcast_buffers = False
 
     def autocast(self):
         on_gpu = self.device.type == "cuda"

@@ -44,7 +44,8 @@ def train_in_eval_mode(script, rank, world_size):
     model = small_model(script, bank_size=20, num_images=40).eval()
     parallel_model = model
     if world_size > 1:
-        parallel_model = DistributedDataParallel(model, broadcast_buffers=False)
+        parallel_model = DistributedDataParallel(model)
+        parallel_model.broadcast_buffers = False
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, 0.05, 0.9)
     share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
