@@ -805,7 +805,7 @@ def save(content, path):
     torch.save(content, buffer)
     temporary = path.with_suffix(".tmp")
     # torch.save to a full disk raises RuntimeError; this raises OSError, for failures_explained.
-    temporary.write_bytes(buffer.getbuffer())
+    temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
 
 

@@ -122,8 +122,7 @@ def test_one_process_measures_what_two_do_and_goes_on(script, pair, small_networ
 # ---- runs of a user's command
 
 
-WORDS = """--dataset small-folder --data-dir photos --num-workers 0 --image-size 16 --arch resnet10
-    --stem small-stride --batch-size 8 --bank-size 16 --warmup-epochs 1 --epochs 20 --run-name"""
+WORDS = "--dataset digits --batch-size 256 --topk 5 --epochs 20 --run-name"  # 100 steps
 
 
 def start(script, launcher, name):
@@ -145,7 +144,6 @@ def kill_all(process):
 @pytest.mark.parametrize("launcher", [[sys.executable], [*TORCHRUN, "--standalone"]])
 @pytest.mark.parametrize("script", METHODS)
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(script, launcher):
-    labelled_pictures(each=64)
     for kill in range(6):
         process = start(script, launcher, "a")
         for line in process.stdout:
@@ -166,13 +164,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(script, la
 @pytest.mark.parametrize("script", METHODS)
 def test_two_nodes_train(script):
     """README's command for two nodes, on the loopback device: four processes."""
-    labelled_pictures()
     rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29517"]
     nodes = [start(script, [*TORCHRUN, *rendezvous], "a") for _ in range(2)]
     outputs = [node.communicate()[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "training on 4 x cpu, writing to runs/a" in outputs[0] + outputs[1]
-    assert checkpoint()["pushed"] == 20 * 2 * 8
+    assert checkpoint()["pushed"] == 100 * 256
 
 
 def work():
