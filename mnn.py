@@ -613,7 +613,7 @@ def shift_hue(images, shift):
     hue = torch.where(value == green, 2 + (blue - red) / chroma, 4 + (red - green) / chroma)
     hue = torch.where(value == red, (green - blue) / chroma, hue) + 6 * shift  # 6: once around
     k = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    return value - torch.minimum(k, 4 - k).clamp_(0, 1) * chroma
 
 
 def color_jitter(images, brightness, contrast, saturation, hue):
@@ -623,14 +623,13 @@ def color_jitter(images, brightness, contrast, saturation, hue):
     for operation in torch.randperm(4).tolist():
         amount = torch.where(jittered, uniform(images, -1, 1), 0)
         if operation == 0:
-            images = (images * (1 + brightness * amount)).clamp(0, 1)
+            images = (images * (1 + brightness * amount)).clamp_(0, 1)
         elif operation == 1:
             mean = rgb_to_grayscale(images).mean((2, 3), keepdim=True)
-            images = torch.lerp(mean, images, 1 + contrast * amount).clamp(0, 1)
+            images = torch.lerp(mean, images, 1 + contrast * amount).clamp_(0, 1)
         elif operation == 2:
-            images = torch.lerp(rgb_to_grayscale(images), images, 1 + saturation * amount).clamp(
-                0, 1
-            )
+            gray = rgb_to_grayscale(images)
+            images = torch.lerp(gray, images, 1 + saturation * amount).clamp_(0, 1)
         else:
             images = shift_hue(images, hue * amount)
     return images
