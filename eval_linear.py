@@ -594,7 +594,7 @@ def is_own(content):
 
 
 # ======== networks ========
-# Networks, data and views are the same in every script; mnn.py passes a norm_layer.
+# Networks, data and views are those of the training scripts; mnn.py passes a norm_layer.
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):

@@ -340,7 +340,7 @@ def label_purity(neighbor_labels, labels):
 
 
 # ======== networks ========
-# From here to main, the same in every script; mnn.py passes a norm_layer.
+# From here to main, the same in all methods but for labels; mnn.py passes a norm_layer.
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -690,7 +690,7 @@ def check_data(args, train, test, world_size):
             "--warmup-epochs is as long as the run (fine for a trial): the rate never falls"
         )
     if labelled == 0 or tested == 0:
-        lines.append("not all is measured: purity needs train/CLASS/; k-NN also needs val/CLASS/")
+        lines.append("not measured: purity without train/CLASS/, k-NN without the same in val/")
     return lines
 
 
@@ -769,6 +769,8 @@ def resume(path, args, n, model, optimizer):
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         why = ", ".join(changes) or "it has other networks"
+        if state["args"].keys() != vars(args).keys():
+            why = "it is of another script or version"
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:
         raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")

@@ -86,11 +86,14 @@ def test_a_run_leaves_what_it_promises(script, capsys):
     run = torch.load(last, weights_only=True)
     assert run["epoch"] == 2 and run["images"] == 24 and run["args"] == vars(args)
     backbone = torch.load(last.with_name("backbone.pt"), weights_only=True)
+    names = [name for name in run["model"] if name.startswith("online.0.")]
+    assert names == [f"online.0.{name}" for name in backbone]
     for name, weight in backbone.items():
         assert torch.equal(weight, run["model"][f"online.0.{name}"])
 
     events = EventAccumulator(str(last.parent)).Reload()
     for tag in ("loss", "purity", "spread", "lr", "images_per_s"):
+        # Every second step of an epoch, and its last.
         assert [event.step for event in events.Scalars(tag)] == [2, 3, 5, 6]
     assert [event.step for event in events.Scalars("knn")] == [0, 3, 6]
 
@@ -108,8 +111,9 @@ def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(s
     result = script.main(tiny(script))
     assert math.isfinite(result["loss"]) and result["knn"] is None
     lines = capsys.readouterr().out.splitlines()
-    assert "not all is measured: purity needs train/CLASS/; k-NN also needs val/CLASS/" in lines
+    assert "not measured: purity without train/CLASS/, k-NN without the same in val/" in lines
     assert not any(re.search(r"%|purity \d|nan", line) for line in lines)
+    assert "purity" not in EventAccumulator("runs/a").Reload().Tags()["scalars"]
 
 
 def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
@@ -135,7 +139,7 @@ def test_the_stems_for_small_images_keep_their_resolution(stem, side):
 # ---- k-NN and learning rate
 
 
-@pytest.mark.parametrize("n", [40, 110])
+@pytest.mark.parametrize("n", [40, 110])  # k is 12, and 20
 def test_knn_accuracy_equals_loops(n):
     """20 images vote, and no more than a class has on average."""
     images = (torch.rand(n + 40, 3, 16, 16) * 255).byte()
@@ -180,7 +184,7 @@ def test_the_learning_rate_rises_and_falls():
         (mnn, {}),
     ],
 )
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, changes, monkeypatch):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, changes, monkeypatch, capsys):
     """Bit for bit, with bank, caches, clusters, classifier and optimizer."""
     labelled_pictures(side=100)
     args = tiny(script, epochs=3, **changes)
@@ -196,6 +200,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, changes, monkey
         script.main(args)
     assert checkpoint()["epoch"] == 1
     script.main(args)
+    assert "continuing after epoch 1 of 3" in capsys.readouterr().out
     assert_same_state(checkpoint("whole"), checkpoint())
 
 
@@ -227,6 +232,7 @@ def trained():
     [
         (msf, {"bank_size": 24}, "last.pt does not fit: .*--bank-size is now 24, was 16. Choose"),
         (mnn, {}, "last.pt is of another script or version"),
+        (cmsf_ssl, {}, "last.pt is of another script or version"),
         (msf, {"epochs": 1}, "last.pt has 2 epochs, more than --epochs 1"),
         (msf, {"data_dir": "half"}, "last.pt was trained on 16 .* there are 8: restore"),
         (msf, {"lr": 1e38}, "weights not finite by step 6, lr .*; lower --lr"),
@@ -330,11 +336,12 @@ def test_pictures_are_read_under_any_start_method(monkeypatch):
     ],
 )
 def test_arguments_that_cannot_train_are_answered_by_one_line(
-    scripts, world_size, changes, message
+    scripts, world_size, changes, message, monkeypatch
 ):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     for script in scripts:
         with pytest.raises(SystemExit) as caught:
-            script.check_args(tiny(script, **changes), world_size)
+            script.main(tiny(script, **changes))
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
@@ -349,7 +356,7 @@ def test_the_values_that_are_said_to_fit_do_fit(n):
         args = replace(args, **{name.replace("-", "_"): int(value)})
     msf.check_args(args, 1)
     (line,) = msf.check_data(args, train, train, 1)[1:]
-    assert line.startswith("not all is measured")  # no other advice
+    assert line.startswith("not measured")  # no other advice
 
 
 # ---- the command line
@@ -400,7 +407,7 @@ def test_views_and_step_never_wait_for_the_device(script, monkeypatch):
     def randperm_on_the_host(n, device=None):
         if device is not None:
             return randperm(n, device=device)
-        with unset_fake_temporarily():  # the order of the colour operations
+        with unset_fake_temporarily():  # the host reads the order of the colour operations
             return randperm(n)
 
     monkeypatch.setattr(torch, "randperm", randperm_on_the_host)
