@@ -550,10 +550,11 @@ def choose_labels(args, data):
         chosen = listed_images(args.labels, data)
     else:
         generator = torch.Generator().manual_seed(args.label_seed)
+        order = torch.randperm(len(data.labels), generator=generator)
+        labels = data.labels.cpu()[order]
         chosen = []
-        for label in range(data.labels.max().item() + 1):
-            images = (data.labels == label).nonzero().squeeze(1).cpu()
-            images = images[torch.randperm(len(images), generator=generator)]
+        for label in range(labels.max().item() + 1):
+            images = order[labels == label]
             chosen += images[: max(1, round(len(images) * int(share[1]) / 100))].tolist()
     if len(chosen) == 0:
         raise SystemExit(f"--labels {args.labels} gives no training image a label")
