@@ -687,7 +687,9 @@ def gaussian_blur(images):
     sigma = uniform(images, 0.1, 2)
     pixels = torch.arange(images.shape[3], device=images.device)
     distance = pixels[:, None] - pixels
-    weights = torch.softmax(-(distance**2) / (2 * sigma**2), dim=3)  # [n, 1, S, S]; rows sum to 1
+    # At least -30: smaller weights are denormal numbers, with which CPUs multiply slowly.
+    exponent = (-(distance**2) / (2 * sigma**2)).clamp(min=-30)
+    weights = torch.softmax(exponent, dim=3)  # [n, 1, S, S]; rows sum to 1
     return weights @ images @ weights.mT
 
 
