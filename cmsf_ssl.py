@@ -33,7 +33,7 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -52,11 +52,11 @@ from torchvision import datasets, transforms
 from torchvision.models import resnet
 from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
+# A class for each group of --help; class Args has them all. The defaults are those for digits.
+
 
 @dataclass
-class Args:
-    """Train with constrained mean shift. The defaults depend on --dataset."""
-
+class Run:
     # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (64 pixels)
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
@@ -68,7 +68,9 @@ class Args:
     amp: bool = True  # on GPUs, run the networks in bfloat16
     compile: bool = False  # compile the networks with torch.compile
 
-    # views
+
+@dataclass
+class Views:
     image_size: int = 16  # side S of a view in pixels; below 96, files are kept in memory
     crop_scale: tuple[float, float] = (0.6, 1.0)  # least and largest share of the area
     flip: float = 0.0  # probability of a horizontal flip
@@ -77,7 +79,9 @@ class Args:
     gray: float = 0.0  # probability that the strong view is gray
     blur: float = 0.0  # probability that the strong view is blurred
 
-    # networks and optimiser
+
+@dataclass
+class Training:
     arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet10"  # backbone
     # imagenet: 7x7/2, max-pool; small: 3x3; small-pool: 3x3, max-pool; small-stride: 3x3/2
     stem: Literal["imagenet", "small", "small-pool", "small-stride"] = "small-stride"
@@ -88,13 +92,20 @@ class Args:
     momentum: float = 0.9  # of SGD
     weight_decay: float = 5e-4  # of SGD
 
-    # constrained mean shift
+
+@dataclass
+class ConstrainedMeanShift:
     constraint: Literal["previous-epoch", "third-view", "kmeans"] = "previous-epoch"
     topk: int = 5  # neighbours k, the image itself being the first
     num_candidates: int = 5  # size n of C, not for kmeans; the authors' n = k leaves no choice in C
     images_per_cluster: int = 25  # on average, for kmeans; ours
     bank_size: int = 1024  # rows of the memory bank M
     ema: float = 0.99  # share of the target encoder g that a step keeps
+
+
+@dataclass
+class Args(Run, Views, Training, ConstrainedMeanShift):
+    """Train with constrained mean shift. The defaults depend on --dataset."""
 
 
 # fmt: off
@@ -125,7 +136,21 @@ def parse_args():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dataset", choices=RECIPES, default="digits")
     known, _ = parser.parse_known_args()  # at first only --dataset
-    return tyro.cli(Args, default=RECIPES[known.dataset])
+    return parse_groups(RECIPES[known.dataset])
+
+
+def parse_groups(defaults):
+    """Args from the command line; each class that Args is made of is a group of --help."""
+    groups = {}  # tyro shows the values of a dict as groups
+    for group in Args.__bases__:
+        values = {field.name: getattr(defaults, field.name) for field in fields(group)}
+        groups[group.__name__] = group(**values)
+    no_prefixes = [tyro.conf.OmitArgPrefixes]  # --seed, not --Run.seed
+    groups = tyro.cli(dict, default=groups, config=no_prefixes, description=Args.__doc__)
+    given = {}
+    for group in groups.values():
+        given |= vars(group)
+    return Args(**given)
 
 
 def check_args(args, world_size):

@@ -28,7 +28,7 @@ import math
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -47,17 +47,22 @@ from torchvision.models import resnet
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+# A class for each group of --help; class Args has them all.
+
 
 @dataclass
-class Args:
-    """Judge a checkpoint or a baseline. None: as in the checkpoint or, if it does not say, as in
-    the recipe for the data set."""
-
+class Network:
     checkpoint: str | None = None  # last.pt of a training script, or a file with a ResNet's weights
     # judge raw pixels or an untrained network, with data and network as in --checkpoint, if given
     baseline: Literal["raw", "random"] | None = None
     prefix: str | None = None  # how the backbone's tensors' names begin, without "module."
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # backbone
+    # imagenet: 7x7/2, max-pool; small: 3x3; small-pool: 3x3, max-pool; small-stride: 3x3/2
+    stem: Literal["imagenet", "small", "small-pool", "small-stride"] | None = None
 
+
+@dataclass
+class Data:
     # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (64 pixels)
     dataset: str | None = None
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
@@ -65,24 +70,30 @@ class Args:
     labels: str | None = None  # images that vote and train: 1pct to 100pct, or a file listing them
     label_seed: int | None = None  # which images have the labels; the same as in cmsf_semi.py
 
-    # network and views
-    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] | None = None  # backbone
-    # imagenet: 7x7/2, max-pool; small: 3x3; small-pool: 3x3, max-pool; small-stride: 3x3/2
-    stem: Literal["imagenet", "small", "small-pool", "small-stride"] | None = None
+
+@dataclass
+class Views:
     image_size: int | None = None  # side of an image in pixels; below 96, files are kept in memory
     # least and largest share of the area of a crop, in training
     crop_scale: tuple[float, float] | None = None
     flip: float | None = None  # probability of a horizontal flip, in training
     rotation: float | None = None  # largest rotation in training, in degrees
 
-    # training: a linear layer on frozen features or, with --fine-tune, all weights
+
+@dataclass
+class Training:
     protocol: Literal["raw", "scaled"] | None = None  # features as they are, or standardised
-    fine_tune: bool = False  # train all weights
+    fine_tune: bool = False  # train all weights, not a linear layer on frozen features
     epochs: int | None = None  # passes over the training images; 0: no linear layer
     lr: float | None = None  # learning rate of SGD, at first
     batch_size: int = 256  # images per step, over all processes
     amp: bool = True  # on GPUs, run the backbone in bfloat16
     seed: int = 0  # of new weights, the order of the images and their views
+
+
+@dataclass
+class Args(Network, Data, Views, Training):
+    """Judge a checkpoint or a baseline. None: as in the checkpoint, else as in the recipe."""
 
 
 # fmt: off
@@ -122,6 +133,20 @@ PROTOCOLS = {  # as published: scaled for ImageNet, raw for small images
     "raw": Protocol(30.0, 0.0, nesterov=True, epochs=100, milestones=(60, 80)),
     "fine-tuned": Protocol(0.001, 1e-4, nesterov=False, epochs=20, milestones=(15,)),
 }
+
+
+def parse_groups(defaults):
+    """Args from the command line; each class that Args is made of is a group of --help."""
+    groups = {}  # tyro shows the values of a dict as groups
+    for group in Args.__bases__:
+        values = {field.name: getattr(defaults, field.name) for field in fields(group)}
+        groups[group.__name__] = group(**values)
+    no_prefixes = [tyro.conf.OmitArgPrefixes]  # --seed, not --Run.seed
+    groups = tyro.cli(dict, default=groups, config=no_prefixes, description=Args.__doc__)
+    given = {}
+    for group in groups.values():
+        given |= vars(group)
+    return Args(**given)
 
 
 def complete_args(args, run):
@@ -1021,4 +1046,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_groups(Args()))
