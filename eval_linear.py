@@ -784,7 +784,7 @@ class ImageData:
     def batches(self, order, num_crops):
         """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
         in 0..1. With num_crops = 0, a list of one tensor, the images as they are tested: center
-        crops of files; digits, CIFAR and STL-10 in their full size H (STL-10: 96 pixels, not S)."""
+        crops of files, of S pixels; other data sets in their full size H (STL-10: 96 pixels)."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -938,7 +938,7 @@ def failures_explained():
         # An error from a worker holds the worker's traceback; its last line is the message.
         raise SystemExit(str(error).strip().split("\n")[-1]) from error
     except RuntimeError as error:
-        if not re.search(r"worker .*(killed|exited)|shared memory", str(error)):
+        if not re.search(r"worker .*(killed|exited)|unable to .*shared memory", str(error)):
             raise
         hint = "Lower --num-workers or, in Docker, use docker run --shm-size=8g."
         raise SystemExit(f"Reading images failed; too little memory? {hint}\n{error}") from error

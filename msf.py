@@ -116,7 +116,8 @@ RECIPES = {
     "tinyimagenet": replace(STL10, dataset="tinyimagenet"),
     "imagenet": IMAGENET,
     "folder": replace(IMAGENET, dataset="folder", bank_size=128_000),  # ours: for fewer images
-    "small-folder": replace(CIFAR10, dataset="small-folder", image_size=64, stem="small-pool"),
+    "small-folder": replace(  # ours
+        CIFAR10, dataset="small-folder", image_size=64, stem="small-pool"),
 }
 # fmt: on
 
@@ -188,7 +189,8 @@ BLOCK = 512  # columns
 def largest(similarities, k):
     """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
     first: topk, but faster where m is large. It searches only the k blocks of columns with the
-    largest maxima: a number in any other block is at most as large as each of these k maxima."""
+    largest maxima: a number in any other block is at most as large as each of these k maxima, and
+    so not needed."""
     columns = similarities.shape[1]
     # Plain topk where blocks do not divide the row, or where k of them are a large part of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
@@ -253,20 +255,23 @@ class MSF(nn.Module):
         loss = mean_shift_loss(queries, bank[nearest])
 
         purity = label_purity(self.bank.labels[nearest], labels)
-        spread = targets.std(dim=0).norm()  # near 1: they point everywhere; 0: all are alike
+        # sqrt(1 - ||mean||^2): 1 if they point everywhere, 0 if all are alike
+        spread = targets.std(dim=0).norm()
         return loss, {"purity": purity, "spread": spread}
 
 
 def label_purity(neighbor_labels, labels):
     """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
-    NaN if none are. Where few true labels are known, this is near 1: each image finds itself."""
+    NaN if none are. An image is a neighbour of itself, so that this is at least 1 / k and, where
+    few images have labels, near 1."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
 
 
 # ======== networks ========
-# From here to main, the same in all methods but for labels; mnn.py passes a norm_layer.
+# From here to main, msf.py, cmsf_ssl.py, cmsf_semi.py and mnn.py have the same text; cmsf_semi.py
+# also chooses labels, and mnn.py alone passes a norm_layer.
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -438,7 +443,7 @@ class ImageData:
     def batches(self, order, num_crops):
         """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
         in 0..1. With num_crops = 0, a list of one tensor, the images as they are tested: center
-        crops of files; digits, CIFAR and STL-10 in their full size H (STL-10: 96 pixels, not S)."""
+        crops of files, of S pixels; other data sets in their full size H (STL-10: 96 pixels)."""
         if self.images is None:
             for images in self.read_files(order, num_crops):
                 images = images.to(self.device, non_blocking=True) / 255
@@ -536,8 +541,11 @@ def shift_hue(images, shift):
     red, green, blue = images.split(1, dim=1)
     value = images.amax(1, keepdim=True)
     chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)
+    # The hue goes from 0 to 6: red is 0, green 2, blue 4.
     hue = torch.where(value == green, 2 + (blue - red) / chroma, 4 + (red - green) / chroma)
-    hue = torch.where(value == red, (green - blue) / chroma, hue) + 6 * shift  # 6: once around
+    hue = torch.where(value == red, (green - blue) / chroma, hue) + 6 * shift
+    # Red, green and blue are f(5), f(3) and f(1), where
+    # f(n) = value - chroma * max(0, min(k, 4 - k, 1)) and k = (n + hue) % 6.
     k = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
     return value - torch.minimum(k, 4 - k).clamp_(0, 1) * chroma
 
@@ -617,8 +625,10 @@ def check_data(args, train, test, world_size):
         lines.append(
             "--warmup-epochs is as long as the run (fine for a trial): the rate never falls"
         )
-    if labelled == 0 or tested == 0:
-        lines.append("not measured: purity without train/CLASS/, k-NN without the same in val/")
+    if labelled == 0:
+        lines.append("purity and k-NN accuracy are not measured: they need labels, train/CLASS/")
+    elif tested == 0:
+        lines.append("the k-NN accuracy is not measured: it needs val/ with the classes of train/")
     return lines
 
 
@@ -721,7 +731,7 @@ def failures_explained():
         # An error from a worker holds the worker's traceback; its last line is the message.
         raise SystemExit(str(error).strip().split("\n")[-1]) from error
     except RuntimeError as error:
-        if not re.search(r"worker .*(killed|exited)|shared memory", str(error)):
+        if not re.search(r"worker .*(killed|exited)|unable to .*shared memory", str(error)):
             raise
         hint = "Lower --num-workers or, in Docker, use docker run --shm-size=8g."
         raise SystemExit(f"Reading images failed; too little memory? {hint}\n{error}") from error
@@ -729,8 +739,8 @@ def failures_explained():
 
 @failures_explained()
 def main(args):
-    """Train. Returns the last loss (of this process's images), knn (the k-NN accuracy in percent,
-    None without labels) and the path of the checkpoint (true in the first process)."""
+    """Train. Returns a dict: the last loss (of this process's images), knn (the k-NN accuracy in
+    percent, None without labels) and checkpoint (its path, as the first process has it)."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -791,7 +801,8 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # Not before each step: the banks are alike, and embed sees to BatchNorm's statistics.
+        # Buffers were made alike now. They need not be before every step: the banks stay alike, and
+        # embed sees to BatchNorm's statistics. (Newer torch warns of this as an argument.)
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
@@ -812,7 +823,7 @@ def main(args):
         if epoch % args.knn_every == 0:
             measure_knn(epoch)  # at first, that of the untrained network
         order = epoch_order(n, epoch, args, rank, world_size).to(device)
-        # For crops and views: of every process its own, and the same if continued.
+        # For crops and views: other numbers in every process, and the same in a run continued here.
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
         started = time.time()
         history = []
@@ -850,13 +861,20 @@ def main(args):
                 print(f"{head}  {text}  lr {lr:.3g}  {speed:.0f} images/s  {left} left", flush=True)
                 for name, value in (entry | {"lr": lr, "images_per_s": speed}).items():
                     writer.add_scalar(name, value, step)
+                writer.flush()  # else a run that stops loses what it logged last
             history.clear()
 
         if rank == 0:  # before the evaluation, which may fail
-            state = {"model": model.state_dict(), "pushed": model.bank.pushed}
-            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1, "images": n}
-            state |= {"method": type(model).__name__, "args": vars(args)}
-            state |= {"step": step}  # for eval_linear.py
+            state = {
+                "method": type(model).__name__,
+                "args": vars(args),
+                "images": n,
+                "epoch": epoch + 1,
+                "step": step,  # for eval_linear.py
+                "model": model.state_dict(),
+                "pushed": model.bank.pushed,
+                "optimizer": optimizer.state_dict(),
+            }
             save(backbone.state_dict(), folder / "backbone.pt")
             save(state, folder / "last.pt")
 
