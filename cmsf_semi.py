@@ -140,15 +140,16 @@ def parse_args():
 
 
 def parse_groups(defaults):
-    """Args from the command line; each class that Args is made of is a group of --help."""
-    groups = {}  # tyro shows the values of a dict as groups
-    for group in Args.__bases__:
-        values = {field.name: getattr(defaults, field.name) for field in fields(group)}
-        groups[group.__name__] = group(**values)
+    """Args from the command line. tyro would show all of Args as one group. Of a dict it shows each
+    value as a group: so it gets the classes that Args is made of, and Args is put together here."""
+    groups = {}
+    for base in Args.__bases__:
+        values = {field.name: getattr(defaults, field.name) for field in fields(base)}
+        groups[base.__name__] = base(**values)
     no_prefixes = [tyro.conf.OmitArgPrefixes]  # --seed, not --Run.seed
-    groups = tyro.cli(dict, default=groups, config=no_prefixes, description=Args.__doc__)
+    parsed = tyro.cli(dict, default=groups, config=no_prefixes, description=Args.__doc__)
     given = {}
-    for group in groups.values():
+    for group in parsed.values():
         given |= vars(group)
     return Args(**given)
 
@@ -160,7 +161,8 @@ def check_args(args, world_size):
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
         raise SystemExit(f"--batch-size: need equal shares, 2 or more, for {world_size} processes")
-    if args.run_name is not None and Path(args.run_name).name != args.run_name:
+    run_name = args.run_name
+    if run_name is not None and (run_name in ("", "..") or Path(run_name).name != run_name):
         raise SystemExit("--run-name is the name of a folder in runs/, without a path")
     if not args.topk <= args.batch_size <= args.bank_size:
         raise SystemExit("need --topk <= --batch-size (rows of the first step) <= --bank-size")
@@ -201,10 +203,10 @@ BLOCK = 512  # columns
 
 
 def largest(similarities, k):
-    """Values and indices [b, k] of the k largest of each row of similarities [b, m], the largest
-    first: topk, but faster where m is large. It searches only the k blocks of columns with the
-    largest maxima: a number in any other block is at most as large as each of these k maxima, and
-    so not needed."""
+    """As similarities.topk(k, dim=1), faster where m is large: values and indices [b, k] of the k
+    largest in each row of similarities [b, m], the largest first. It searches only the k blocks of
+    columns with the largest maxima: a number in any other block is at most as large as each of
+    these k maxima, and so not needed."""
     columns = similarities.shape[1]
     # Plain topk where blocks do not divide the row, or where k of them are a large part of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
@@ -213,11 +215,11 @@ def largest(similarities, k):
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
-    block = chosen.gather(1, found // BLOCK)
+    block = chosen.gather(1, found // BLOCK)  # the block of the row that each lies in
     return values, block * BLOCK + found % BLOCK
 
 
-@torch.autocast("cuda", enabled=False)  # not in bfloat16; main sets TF32
+@torch.autocast("cuda", enabled=False)  # the networks are in bfloat16, this is not
 def nearest_neighbors(targets, bank, k):
     """For the k-NN: indices [b, k] of the rows of bank [m, D] nearest to targets [b, D], nearest
     first. All have unit norm, so the nearest has the largest dot product. ValueError for k > m."""
@@ -326,7 +328,7 @@ class CMSF(nn.Module):
             "purity": label_purity(nearest_labels, true_labels),
             "coverage": pseudo.sum() / (given < 0).sum(),  # NaN if all are given
             "pseudo_accuracy": label_purity(pseudo_labels, true_labels),  # k = 1: an accuracy
-            # sqrt(1 - ||mean||^2): 1 if they point everywhere, 0 if all are alike
+            # About sqrt(1 - ||mean||^2): 1 if they point everywhere, 0 if all are alike
             "spread": targets.std(dim=0).norm(),
         }
         return loss, metrics
@@ -357,17 +359,17 @@ class CMSF(nn.Module):
 
 
 def label_purity(neighbor_labels, labels):
-    """Share of the neighbours [b, k] with the label [b] of their image, if both are known (>= 0);
-    NaN if none are. An image is a neighbour of itself, so that this is at least 1 / k and, where
-    few images have labels, near 1."""
+    """Of all pairs of an image [b] and one of its neighbours [b, k] whose labels are both known
+    (>= 0), the share with equal labels; NaN if there are none. An image is a neighbour of itself,
+    and with few labels often the only one with a label: the share is then near 1."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
 
 
 # ======== networks ========
-# From here to main, msf.py, cmsf_ssl.py, cmsf_semi.py and mnn.py have the same text; cmsf_semi.py
-# also chooses labels, and mnn.py alone passes a norm_layer.
+# From here to main, msf.py, cmsf_ssl.py, cmsf_semi.py and mnn.py have the same functions; only
+# mnn.py passes a norm_layer.
 
 
 def build_backbone(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -406,6 +408,7 @@ def gather(tensor):
 
 
 SMALL = 96  # below this size, image files are shrunk once and kept in memory
+UNLABELLED = ("unlabelled", "unlabeled")  # folders in train/ that are no classes
 HINTS = {
     "tinyimagenet": "need the unpacked http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "imagenet": "need train/CLASS/*.JPEG and val/CLASS/*.JPEG",
@@ -444,7 +447,8 @@ def list_files(root, is_train, need_folders):
     train/ or val/; files directly there, or in unlabelled/, have the label -1. If there is neither
     train/ nor val/, and need_folders is False, all files in root are for training, unlabelled."""
     folder = root / ("train" if is_train else "val")
-    if is_train and not need_folders and not folder.is_dir() and not (root / "val").is_dir():
+    has_splits = (root / "train").is_dir() or (root / "val").is_dir()
+    if is_train and not has_splits and not need_folders:
         folder = root
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
@@ -455,12 +459,11 @@ def list_files(root, is_train, need_folders):
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
         file_classes = [listed.get(os.path.basename(name), "") for name in names]
-    classes = []
+    label_of = {}
     if (root / "train").is_dir():  # its folders number the classes of val/, too
-        classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-    no_classes = ("unlabelled", "unlabeled")
-    classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
-    label_of = {name: label for label, name in enumerate(classes)}
+        folders = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+        classes = [name for name in folders if name[0] not in ".@" and name not in UNLABELLED]
+        label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of.get(name, -1) for name in file_classes]
     return [os.path.join(folder, name) for name in names], labels
 
@@ -496,23 +499,22 @@ def read_image(path):
 
 
 class ImageFiles(Dataset):
-    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]. With num_crops = 0: its
-    center crop, [1, 3, S, S]."""
+    """Item i: crops of the i-th file, random ones or the center, uint8 [num_crops, 3, S, S]."""
 
-    def __init__(self, paths, args, num_crops):
+    def __init__(self, paths, args, num_crops, center=False):
         self.paths = paths
-        self.num_views = max(1, num_crops)
+        self.num_crops = num_crops
         size = args.image_size
-        if num_crops > 0:
-            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
-        else:
+        if center:
             resized = size if size < SMALL else size * 8 // 7  # 256 for 224
             self.cut = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
+        else:
+            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
 
     def __getitem__(self, i):
         image = read_image(self.paths[i])
-        views = [self.cut(image) for _ in range(self.num_views)]
-        return torch.stack([pil_to_tensor(view) for view in views])
+        crops = [self.cut(image) for _ in range(self.num_crops)]
+        return torch.stack([pil_to_tensor(crop) for crop in crops])
 
 
 class ImageData:
@@ -530,33 +532,38 @@ class ImageData:
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
             order = torch.arange(len(labels)).split(256)
-            batches = self.read_files(order, num_crops=0)  # center squares, shrunk to S pixels
-            # Cloned, so that the workers' shared memory is free again.
+            batches = self.read_files(order, num_crops=1, center=True)
+            # Each is cloned, so that its shared memory with a worker is free again.
             images = torch.cat([batch.squeeze(1).clone() for batch in batches])
         self.images = None if images is None else images.contiguous().to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, num_crops):
-        """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
-        in 0..1. With num_crops = 0, a list of one tensor, the images as they are tested: center
-        crops of files, of S pixels; other data sets in their full size H (STL-10: 96 pixels)."""
+        """For each batch of indices [b] in `order`, a list of num_crops tensors of random crops,
+        [b, 3, S, S] in 0..1."""
         if self.images is None:
-            for images in self.read_files(order, num_crops):
-                images = images.to(self.device, non_blocking=True) / 255
-                yield list(images.unbind(1))
+            for crops in self.read_files(order, num_crops):
+                crops = crops.to(self.device, non_blocking=True) / 255
+                yield list(crops.unbind(1))
         else:
             for indices in order:
-                images = self.images[indices] / 255
-                if num_crops == 0:
-                    yield [images]
-                else:
-                    copies = images.repeat(num_crops, 1, 1, 1)  # a crop of each, in one call
-                    yield list(random_crop(copies, self.args).chunk(num_crops))
+                copies = (self.images[indices] / 255).repeat(num_crops, 1, 1, 1)
+                yield list(random_crop(copies, self.args).chunk(num_crops))  # all in one call
 
-    def read_files(self, order, num_crops):
-        """For each batch of indices [b] in `order`, uint8 [b, max(1, num_crops), 3, S, S]."""
+    def whole_batches(self, order):
+        """For each batch of indices [b] in `order`, the images as they are tested, in 0..1: center
+        crops of files, [b, 3, S, S]; else full images, [b, 3, H, H] (STL-10: 96 pixels)."""
+        if self.images is None:
+            for images in self.read_files(order, num_crops=1, center=True):
+                yield images.squeeze(1).to(self.device, non_blocking=True) / 255
+        else:
+            for indices in order:
+                yield self.images[indices] / 255
+
+    def read_files(self, order, num_crops, center=False):
+        """For each batch of indices in `order`, crops of files, uint8 [b, num_crops, 3, S, S]."""
         return DataLoader(
-            ImageFiles(self.paths, self.args, num_crops),
+            ImageFiles(self.paths, self.args, num_crops, center),
             batch_sampler=[indices.tolist() for indices in order],
             num_workers=self.args.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -651,10 +658,13 @@ def resize_weights(start, length, side, size):
     start = start[..., None, None]
     end = start + length[..., None, None]
     step = (end - start) / size  # from one pixel of the result to the next
-    pixels = torch.arange(side, device=start.device) + 0.5
-    centers = start + step * (torch.arange(size, device=start.device)[:, None] + 0.5)
-    weights = (1 - (pixels - centers).abs() / step.clamp(min=1)).clamp(min=0)  # triangles
-    weights = weights * ((pixels > start) & (pixels < end))
+    pixels = torch.arange(side, device=start.device) + 0.5  # their middles, [side]
+    result_pixels = torch.arange(size, device=start.device)[:, None] + 0.5  # [size, 1]
+    centers = start + step * result_pixels  # [..., size, 1]
+    distances = (pixels - centers).abs()  # [..., size, side]
+    # A triangle around each center; where the image shrinks, as wide as a step (antialiasing).
+    weights = (1 - distances / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixels > start) & (pixels < end))  # pixels outside do not count
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -727,7 +737,8 @@ def gaussian_blur(images):
 
 
 def standardize(images):
-    """Subtract ImageNet's mean and divide by its standard deviation, channel by channel."""
+    """Subtract ImageNet's mean and divide by its standard deviation. By channels: a tensor of means
+    would have to be copied to the device."""
     red, green, blue = images.unbind(1)
     channels = [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225]
     return torch.stack(channels, dim=1).contiguous(memory_format=torch.channels_last)
@@ -783,19 +794,20 @@ def embed(network, data, indices, rank, world_size):
     """A network's outputs [n, D], of unit norm, for the images with these indices [n], on all
     processes."""
     share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
-    own = torch.arange(rank * share, (rank + 1) * share) % len(indices)  # repeats: cut off below
+    positions = torch.arange(rank * share, (rank + 1) * share)
+    own = indices[positions % len(indices)]  # the last share is filled up with the first images
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
     if dist.is_initialized():  # without SyncBatchNorm, the statistics differ: use rank 0's
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    for (images,) in data.batches(indices[own].split(256), num_crops=0):
+    for images in data.whole_batches(own.split(256)):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
             output = network(standardize(images))
         outputs.append(F.normalize(output.float(), dim=1))
     network.train()
-    return gather(torch.cat(outputs))[: len(indices)]
+    return gather(torch.cat(outputs))[: len(indices)]  # without those
 
 
 def knn_accuracy(backbone, train, test, rank, world_size):
@@ -870,9 +882,10 @@ def resume(path, args, n, model, optimizer):
     if state["epoch"] > args.epochs:
         raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
     model.bank.pushed = state["pushed"]
+    # The momentum buffers are the checkpoint's, momentum and weight decay are this run's.
     settings = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
-    optimizer.param_groups[0].update(settings)  # keep this run's momentum and weight decay
+    optimizer.param_groups[0].update(settings)
     return state["epoch"], [f"continuing after epoch {state['epoch']} of {args.epochs}", *changes]
 
 
@@ -967,8 +980,8 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # Buffers were made alike now. They need not be before every step: the banks stay alike, and
-        # embed sees to BatchNorm's statistics. (Newer torch warns of this as an argument.)
+        # Buffers have just been copied from rank 0. No need to do it in every step: the banks stay
+        # equal, and embed copies BatchNorm's statistics. (As an argument, newer torch warns of it.)
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
@@ -996,7 +1009,7 @@ def main(args):
         if epoch % args.knn_every == 0:
             measure(epoch)  # at first, that of the untrained network
         order = epoch_order(n, epoch, args, rank, world_size).to(device)
-        # For crops and views: other numbers in every process, and the same in a run continued here.
+        # For crops and views: every process draws other ones, a run that continues here the same.
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
         started = time.time()
         history = []

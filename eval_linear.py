@@ -136,15 +136,16 @@ PROTOCOLS = {  # as published: scaled for ImageNet, raw for small images
 
 
 def parse_groups(defaults):
-    """Args from the command line; each class that Args is made of is a group of --help."""
-    groups = {}  # tyro shows the values of a dict as groups
-    for group in Args.__bases__:
-        values = {field.name: getattr(defaults, field.name) for field in fields(group)}
-        groups[group.__name__] = group(**values)
+    """Args from the command line. tyro would show all of Args as one group. Of a dict it shows each
+    value as a group: so it gets the classes that Args is made of, and Args is put together here."""
+    groups = {}
+    for base in Args.__bases__:
+        values = {field.name: getattr(defaults, field.name) for field in fields(base)}
+        groups[base.__name__] = base(**values)
     no_prefixes = [tyro.conf.OmitArgPrefixes]  # --seed, not --Run.seed
-    groups = tyro.cli(dict, default=groups, config=no_prefixes, description=Args.__doc__)
+    parsed = tyro.cli(dict, default=groups, config=no_prefixes, description=Args.__doc__)
     given = {}
-    for group in groups.values():
+    for group in parsed.values():
         given |= vars(group)
     return Args(**given)
 
@@ -228,7 +229,7 @@ def outputs(network, data, indices, rank, world_size):
     # In each round every process has one batch; gathered, they are in the order of the indices.
     own = wrapped.view(rounds, world_size, size)[:, rank]
     start = 0
-    for (images,) in data.batches(own, num_crops=0):  # 0: one tensor, without random crops
+    for images in data.whole_batches(own):
         if images.shape[3] != data.args.image_size:  # those in memory come in their full size
             side = [data.args.image_size] * 2
             images = F.interpolate(images, side, mode="bilinear", antialias=True)
@@ -440,9 +441,9 @@ def draw_neighbors(train, test, voters, shown, features, queries):
     white = torch.ones(3)
     green, red, gray = torch.tensor([[0.0, 0.6, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
     tiles = []
-    queried = test.batches(shown[:, None], num_crops=0)
-    found = train.batches(neighbors, num_crops=0)
-    for row, others, (query,), (images,) in zip(shown, neighbors, queried, found):
+    queried = test.whole_batches(shown[:, None])
+    found = train.whole_batches(neighbors)
+    for row, others, query, images in zip(shown, neighbors, queried, found):
         label = test.labels[row].item()
         colors = [white]
         for other in train.labels[others].tolist():
@@ -450,7 +451,7 @@ def draw_neighbors(train, test, voters, shown, features, queries):
                 colors.append(gray)
             else:
                 colors.append(green if other == label else red)
-        for color, image in zip(colors, [*query, *images]):
+        for color, image in zip(colors, torch.cat([query, images])):
             framed = color.view(3, 1, 1).repeat(1, 72, 72)
             framed[:, 4:-4, 4:-4] = F.interpolate(image[None].cpu(), 64)[0]
             tiles.append(framed)
@@ -651,6 +652,7 @@ def gather(tensor):
 
 
 SMALL = 96  # below this size, image files are shrunk once and kept in memory
+UNLABELLED = ("unlabelled", "unlabeled")  # folders in train/ that are no classes
 HINTS = {
     "tinyimagenet": "need the unpacked http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "imagenet": "need train/CLASS/*.JPEG and val/CLASS/*.JPEG",
@@ -689,7 +691,8 @@ def list_files(root, is_train, need_folders):
     train/ or val/; files directly there, or in unlabelled/, have the label -1. If there is neither
     train/ nor val/, and need_folders is False, all files in root are for training, unlabelled."""
     folder = root / ("train" if is_train else "val")
-    if is_train and not need_folders and not folder.is_dir() and not (root / "val").is_dir():
+    has_splits = (root / "train").is_dir() or (root / "val").is_dir()
+    if is_train and not has_splits and not need_folders:
         folder = root
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
@@ -700,12 +703,11 @@ def list_files(root, is_train, need_folders):
         lines = (folder / "val_annotations.txt").read_text().splitlines()
         listed = dict(line.split("\t")[:2] for line in lines if line)
         file_classes = [listed.get(os.path.basename(name), "") for name in names]
-    classes = []
+    label_of = {}
     if (root / "train").is_dir():  # its folders number the classes of val/, too
-        classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-    no_classes = ("unlabelled", "unlabeled")
-    classes = [name for name in classes if name[0] not in ".@" and name not in no_classes]
-    label_of = {name: label for label, name in enumerate(classes)}
+        folders = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+        classes = [name for name in folders if name[0] not in ".@" and name not in UNLABELLED]
+        label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of.get(name, -1) for name in file_classes]
     return [os.path.join(folder, name) for name in names], labels
 
@@ -741,23 +743,22 @@ def read_image(path):
 
 
 class ImageFiles(Dataset):
-    """Item i: random crops of the i-th file, uint8 [num_crops, 3, S, S]. With num_crops = 0: its
-    center crop, [1, 3, S, S]."""
+    """Item i: crops of the i-th file, random ones or the center, uint8 [num_crops, 3, S, S]."""
 
-    def __init__(self, paths, args, num_crops):
+    def __init__(self, paths, args, num_crops, center=False):
         self.paths = paths
-        self.num_views = max(1, num_crops)
+        self.num_crops = num_crops
         size = args.image_size
-        if num_crops > 0:
-            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
-        else:
+        if center:
             resized = size if size < SMALL else size * 8 // 7  # 256 for 224
             self.cut = transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size)])
+        else:
+            self.cut = transforms.RandomResizedCrop(size, args.crop_scale)
 
     def __getitem__(self, i):
         image = read_image(self.paths[i])
-        views = [self.cut(image) for _ in range(self.num_views)]
-        return torch.stack([pil_to_tensor(view) for view in views])
+        crops = [self.cut(image) for _ in range(self.num_crops)]
+        return torch.stack([pil_to_tensor(crop) for crop in crops])
 
 
 class ImageData:
@@ -775,33 +776,38 @@ class ImageData:
             raise SystemExit(f"{fault}: {hint} ({error})") from error
         if self.paths and args.image_size < SMALL:
             order = torch.arange(len(labels)).split(256)
-            batches = self.read_files(order, num_crops=0)  # center squares, shrunk to S pixels
-            # Cloned, so that the workers' shared memory is free again.
+            batches = self.read_files(order, num_crops=1, center=True)
+            # Each is cloned, so that its shared memory with a worker is free again.
             images = torch.cat([batch.squeeze(1).clone() for batch in batches])
         self.images = None if images is None else images.contiguous().to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
 
     def batches(self, order, num_crops):
-        """For each batch of indices [b] in `order`, a list of num_crops random crops [b, 3, S, S]
-        in 0..1. With num_crops = 0, a list of one tensor, the images as they are tested: center
-        crops of files, of S pixels; other data sets in their full size H (STL-10: 96 pixels)."""
+        """For each batch of indices [b] in `order`, a list of num_crops tensors of random crops,
+        [b, 3, S, S] in 0..1."""
         if self.images is None:
-            for images in self.read_files(order, num_crops):
-                images = images.to(self.device, non_blocking=True) / 255
-                yield list(images.unbind(1))
+            for crops in self.read_files(order, num_crops):
+                crops = crops.to(self.device, non_blocking=True) / 255
+                yield list(crops.unbind(1))
         else:
             for indices in order:
-                images = self.images[indices] / 255
-                if num_crops == 0:
-                    yield [images]
-                else:
-                    copies = images.repeat(num_crops, 1, 1, 1)  # a crop of each, in one call
-                    yield list(random_crop(copies, self.args).chunk(num_crops))
+                copies = (self.images[indices] / 255).repeat(num_crops, 1, 1, 1)
+                yield list(random_crop(copies, self.args).chunk(num_crops))  # all in one call
 
-    def read_files(self, order, num_crops):
-        """For each batch of indices [b] in `order`, uint8 [b, max(1, num_crops), 3, S, S]."""
+    def whole_batches(self, order):
+        """For each batch of indices [b] in `order`, the images as they are tested, in 0..1: center
+        crops of files, [b, 3, S, S]; else full images, [b, 3, H, H] (STL-10: 96 pixels)."""
+        if self.images is None:
+            for images in self.read_files(order, num_crops=1, center=True):
+                yield images.squeeze(1).to(self.device, non_blocking=True) / 255
+        else:
+            for indices in order:
+                yield self.images[indices] / 255
+
+    def read_files(self, order, num_crops, center=False):
+        """For each batch of indices in `order`, crops of files, uint8 [b, num_crops, 3, S, S]."""
         return DataLoader(
-            ImageFiles(self.paths, self.args, num_crops),
+            ImageFiles(self.paths, self.args, num_crops, center),
             batch_sampler=[indices.tolist() for indices in order],
             num_workers=self.args.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -887,10 +893,13 @@ def resize_weights(start, length, side, size):
     start = start[..., None, None]
     end = start + length[..., None, None]
     step = (end - start) / size  # from one pixel of the result to the next
-    pixels = torch.arange(side, device=start.device) + 0.5
-    centers = start + step * (torch.arange(size, device=start.device)[:, None] + 0.5)
-    weights = (1 - (pixels - centers).abs() / step.clamp(min=1)).clamp(min=0)  # triangles
-    weights = weights * ((pixels > start) & (pixels < end))
+    pixels = torch.arange(side, device=start.device) + 0.5  # their middles, [side]
+    result_pixels = torch.arange(size, device=start.device)[:, None] + 0.5  # [size, 1]
+    centers = start + step * result_pixels  # [..., size, 1]
+    distances = (pixels - centers).abs()  # [..., size, side]
+    # A triangle around each center; where the image shrinks, as wide as a step (antialiasing).
+    weights = (1 - distances / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixels > start) & (pixels < end))  # pixels outside do not count
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -917,7 +926,8 @@ def flip_and_rotate(images, args):
 
 
 def standardize(images):
-    """Subtract ImageNet's mean and divide by its standard deviation, channel by channel."""
+    """Subtract ImageNet's mean and divide by its standard deviation. By channels: a tensor of means
+    would have to be copied to the device."""
     red, green, blue = images.unbind(1)
     channels = [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225]
     return torch.stack(channels, dim=1).contiguous(memory_format=torch.channels_last)

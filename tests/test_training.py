@@ -334,6 +334,7 @@ def test_pictures_are_read_under_any_start_method(monkeypatch):
     [
         (METHODS, 1, {"epochs": 0}, "--epochs must be at least 1"),
         (METHODS, 1, {"run_name": "runs/a"}, "--run-name is the name of a folder in runs/"),
+        (METHODS, 1, {"run_name": ".."}, "--run-name is the name of a folder in runs/"),
         (METHODS, 1, {"topk": 9}, "need --topk <= --batch-size"),
         (METHODS, 1, {"bank_size": 7}, "need --topk <= --batch-size"),
         (METHODS, 8, {}, "--batch-size: need equal shares, 2 or more, for 8 processes"),
