@@ -56,7 +56,7 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 @dataclass
 class Run:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (64 pixels)
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder; small-folder: at 64 pixels
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -108,7 +108,7 @@ class Args(Run, Views, Training, ConstrainedMeanShift):
 
 
 # fmt: off
-IMAGENET = Args(  # section 4 of the paper; topk, ema and momentum in Args are from there, too
+IMAGENET = Args(  # section 4 of the paper, also for topk, ema and momentum, which are as above
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, bank_size=128_000)
@@ -140,8 +140,8 @@ def parse_args():
 
 
 def parse_groups(defaults):
-    """Args from the command line. tyro would show all of Args as one group. Of a dict it shows each
-    value as a group: so it gets the classes that Args is made of, and Args is put together here."""
+    """Args from the command line. tyro's --help shows all of Args as one group, but each value of a
+    dict as a group of its own. So tyro gets a dict: an instance of each base class of Args."""
     groups = {}
     for base in Args.__bases__:
         values = {field.name: getattr(defaults, field.name) for field in fields(base)}
@@ -161,8 +161,8 @@ def check_args(args, world_size):
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
         raise SystemExit(f"--batch-size: need equal shares, 2 or more, for {world_size} processes")
-    run_name = args.run_name
-    if run_name is not None and (run_name in ("", "..") or Path(run_name).name != run_name):
+    run_name = "new" if args.run_name is None else args.run_name
+    if run_name in ("", ".", "..") or Path(run_name).name != run_name:
         raise SystemExit("--run-name is the name of a folder in runs/, without a path")
     if not args.topk <= args.batch_size <= args.bank_size:
         raise SystemExit("need --topk <= --batch-size (rows of the first step) <= --bank-size")
@@ -203,15 +203,15 @@ BLOCK = 512  # columns
 
 
 def largest(similarities, k):
-    """As similarities.topk(k, dim=1), faster where m is large: values and indices [b, k] of the k
-    largest in each row of similarities [b, m], the largest first. It searches only the k blocks of
-    columns with the largest maxima: a number in any other block is at most as large as each of
-    these k maxima, and so not needed."""
+    """As similarities.topk(k, dim=1), but faster where m is large: values and indices [b, k] of the
+    k largest in each row of similarities [b, m], the largest first."""
     columns = similarities.shape[1]
-    # Plain topk where blocks do not divide the row, or where k of them are a large part of it.
+    # Where blocks do not divide the row, or where k of them are more than a sixteenth of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
+    # Only the k blocks with the largest maxima matter: these k numbers are at least as large as any
+    # number in the other blocks.
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -284,7 +284,7 @@ class CMSF(nn.Module):
         """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
         averages = list(self.target.parameters())
         weights = list(self.online.parameters())
-        # In place and without gradients. None: a count that it ignores.
+        # torch's function works in place, without gradients, and ignores its third argument.
         get_ema_multi_avg_fn(self.ema)(averages, weights, None)
 
     @torch.autocast("cuda", enabled=False)  # not in bfloat16
@@ -360,8 +360,8 @@ class CMSF(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Of all pairs of an image [b] and one of its neighbours [b, k] whose labels are both known
-    (>= 0), the share with equal labels; NaN if there are none. An image is a neighbour of itself,
-    and with few labels often the only one with a label: the share is then near 1."""
+    (>= 0), the share with equal labels; NaN if there are none. An image is its own neighbour;
+    with few labels it is often the only one with a label, and the share is near 1."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
@@ -486,9 +486,9 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
-            # 16-bit gray has the mode "I;16", or "I" (32 bits) for PNG and PPM in older Pillow.
-            held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
-            if held_in_32 or image.mode.startswith("I;16"):
+            # 16-bit gray has the mode "I;16" or, for PNG and PPM in older Pillow, "I" (32 bits).
+            is_16_bit_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
+            if image.mode.startswith("I;16") or is_16_bit_in_32:
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
@@ -550,7 +550,7 @@ class ImageData:
                 copies = (self.images[indices] / 255).repeat(num_crops, 1, 1, 1)
                 yield list(random_crop(copies, self.args).chunk(num_crops))  # all in one call
 
-    def whole_batches(self, order):
+    def eval_batches(self, order):
         """For each batch of indices [b] in `order`, the images as they are tested, in 0..1: center
         crops of files, [b, 3, S, S]; else full images, [b, 3, H, H] (STL-10: 96 pixels)."""
         if self.images is None:
@@ -639,8 +639,8 @@ def uniform(images, low, high):
 
 
 def random_boxes(n, side, scale, device):
-    """Boxes in square images, drawn as by torchvision's RandomResizedCrop: start and length of
-    their rows and columns, [2, n] each."""
+    """Boxes in square images, drawn as by torchvision's RandomResizedCrop. Returns their start and
+    their length, each [2, n]: along the rows, then along the columns."""
     area = torch.empty(n, 10, device=device).uniform_(*scale) * side**2  # ten tries
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
@@ -662,7 +662,8 @@ def resize_weights(start, length, side, size):
     result_pixels = torch.arange(size, device=start.device)[:, None] + 0.5  # [size, 1]
     centers = start + step * result_pixels  # [..., size, 1]
     distances = (pixels - centers).abs()  # [..., size, side]
-    # A triangle around each center; where the image shrinks, as wide as a step (antialiasing).
+    # Triangles, from 1 at the center to 0 at a distance of one pixel or, where the image shrinks,
+    # of one step (antialiasing).
     weights = (1 - distances / step.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixels > start) & (pixels < end))  # pixels outside do not count
     return weights / weights.sum(dim=-1, keepdim=True)
@@ -699,7 +700,8 @@ def shift_hue(images, shift):
     chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)
     # The hue goes from 0 to 6: red is 0, green 2, blue 4.
     hue = torch.where(value == green, 2 + (blue - red) / chroma, 4 + (red - green) / chroma)
-    hue = torch.where(value == red, (green - blue) / chroma, hue) + 6 * shift
+    hue = torch.where(value == red, (green - blue) / chroma, hue)
+    hue = hue + 6 * shift
     # Red, green and blue are f(5), f(3) and f(1), where
     # f(n) = value - chroma * max(0, min(k, 4 - k, 1)) and k = (n + hue) % 6.
     k = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
@@ -730,7 +732,8 @@ def gaussian_blur(images):
     sigma = uniform(images, 0.1, 2)
     pixels = torch.arange(images.shape[3], device=images.device)
     distance = pixels[:, None] - pixels
-    # At least -30: smaller weights are denormal numbers, with which CPUs multiply slowly.
+    # At least -30, a weight of 1e-13. Below exp(-87), and in products, there would be denormal
+    # numbers, with which CPUs multiply slowly.
     exponent = (-(distance**2) / (2 * sigma**2)).clamp(min=-30)
     weights = torch.softmax(exponent, dim=3)  # [n, 1, S, S]; rows sum to 1
     return weights @ images @ weights.mT
@@ -802,12 +805,12 @@ def embed(network, data, indices, rank, world_size):
     if dist.is_initialized():  # without SyncBatchNorm, the statistics differ: use rank 0's
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    for images in data.whole_batches(own.split(256)):
+    for images in data.eval_batches(own.split(256)):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
             output = network(standardize(images))
         outputs.append(F.normalize(output.float(), dim=1))
     network.train()
-    return gather(torch.cat(outputs))[: len(indices)]  # without those
+    return gather(torch.cat(outputs))[: len(indices)]  # without what filled up
 
 
 def knn_accuracy(backbone, train, test, rank, world_size):
@@ -875,9 +878,10 @@ def resume(path, args, n, model, optimizer):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        why = ", ".join(changes) or "it has other networks"
         if state["args"].keys() != vars(args).keys():
             why = "it is of another script or version"
+        else:
+            why = ", ".join(changes) or "it has other networks"
         raise SystemExit(f"{path} does not fit: {why}. Choose a new --run-name") from error
     if state["epoch"] > args.epochs:
         raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
@@ -920,7 +924,7 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        # TF32 for all products in float32: the search finds nearly the same, much sooner.
+        # TF32 for all products in float32: nearly the same neighbours are found, much sooner.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if on_gpu else "gloo"
@@ -964,7 +968,7 @@ def main(args):
     )
 
     new_name = f"cmsf_semi-{args.dataset}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs", args.run_name or new_name)  # new_name differs by process; rank 0 writes
+    folder = Path("runs", args.run_name or new_name)  # only rank 0 writes; new_name differs by rank
     first_epoch = 0
     if (folder / "last.pt").exists():
         first_epoch, news = resume(folder / "last.pt", args, n, model, optimizer)
@@ -980,8 +984,8 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # Buffers have just been copied from rank 0. No need to do it in every step: the banks stay
-        # equal, and embed copies BatchNorm's statistics. (As an argument, newer torch warns of it.)
+        # This has copied buffers from rank 0. Not again in every step: the banks stay equal, and
+        # embed copies BatchNorm's statistics. (The same as an argument makes newer torch warn.)
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
@@ -1009,7 +1013,8 @@ def main(args):
         if epoch % args.knn_every == 0:
             measure(epoch)  # at first, that of the untrained network
         order = epoch_order(n, epoch, args, rank, world_size).to(device)
-        # For crops and views: every process draws other ones, a run that continues here the same.
+        # For crops and views: each process draws its own, and again the same if a stopped run goes
+        # on with this epoch.
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
         started = time.time()
         history = []
@@ -1036,7 +1041,8 @@ def main(args):
                 continue
             # From here on the host waits for the device. A NaN in one process gets into the weights
             # of all, through the averaged gradients: all processes stop here.
-            if not nn.utils.get_total_norm(parameters).isfinite():
+            norm_of_weights = nn.utils.get_total_norm(parameters)
+            if not norm_of_weights.isfinite():
                 raise SystemExit(f"weights not finite by step {step}, lr {lr:g}; lower --lr")
             if rank == 0:
                 means = torch.stack(history).nanmean(dim=0).tolist()  # of this process's images

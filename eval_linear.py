@@ -63,7 +63,7 @@ class Network:
 
 @dataclass
 class Data:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (64 pixels)
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder; small-folder: at 64 pixels
     dataset: str | None = None
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -136,8 +136,8 @@ PROTOCOLS = {  # as published: scaled for ImageNet, raw for small images
 
 
 def parse_groups(defaults):
-    """Args from the command line. tyro would show all of Args as one group. Of a dict it shows each
-    value as a group: so it gets the classes that Args is made of, and Args is put together here."""
+    """Args from the command line. tyro's --help shows all of Args as one group, but each value of a
+    dict as a group of its own. So tyro gets a dict: an instance of each base class of Args."""
     groups = {}
     for base in Args.__bases__:
         values = {field.name: getattr(defaults, field.name) for field in fields(base)}
@@ -229,7 +229,7 @@ def outputs(network, data, indices, rank, world_size):
     # In each round every process has one batch; gathered, they are in the order of the indices.
     own = wrapped.view(rounds, world_size, size)[:, rank]
     start = 0
-    for images in data.whole_batches(own):
+    for images in data.eval_batches(own):
         if images.shape[3] != data.args.image_size:  # those in memory come in their full size
             side = [data.args.image_size] * 2
             images = F.interpolate(images, side, mode="bilinear", antialias=True)
@@ -441,8 +441,8 @@ def draw_neighbors(train, test, voters, shown, features, queries):
     white = torch.ones(3)
     green, red, gray = torch.tensor([[0.0, 0.6, 0.2], [0.9, 0.1, 0.1], [0.6, 0.6, 0.6]])
     tiles = []
-    queried = test.whole_batches(shown[:, None])
-    found = train.whole_batches(neighbors)
+    queried = test.eval_batches(shown[:, None])
+    found = train.eval_batches(neighbors)
     for row, others, query, images in zip(shown, neighbors, queried, found):
         label = test.labels[row].item()
         colors = [white]
@@ -730,9 +730,9 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
-            # 16-bit gray has the mode "I;16", or "I" (32 bits) for PNG and PPM in older Pillow.
-            held_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
-            if held_in_32 or image.mode.startswith("I;16"):
+            # 16-bit gray has the mode "I;16" or, for PNG and PPM in older Pillow, "I" (32 bits).
+            is_16_bit_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
+            if image.mode.startswith("I;16") or is_16_bit_in_32:
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
@@ -794,7 +794,7 @@ class ImageData:
                 copies = (self.images[indices] / 255).repeat(num_crops, 1, 1, 1)
                 yield list(random_crop(copies, self.args).chunk(num_crops))  # all in one call
 
-    def whole_batches(self, order):
+    def eval_batches(self, order):
         """For each batch of indices [b] in `order`, the images as they are tested, in 0..1: center
         crops of files, [b, 3, S, S]; else full images, [b, 3, H, H] (STL-10: 96 pixels)."""
         if self.images is None:
@@ -874,8 +874,8 @@ def uniform(images, low, high):
 
 
 def random_boxes(n, side, scale, device):
-    """Boxes in square images, drawn as by torchvision's RandomResizedCrop: start and length of
-    their rows and columns, [2, n] each."""
+    """Boxes in square images, drawn as by torchvision's RandomResizedCrop. Returns their start and
+    their length, each [2, n]: along the rows, then along the columns."""
     area = torch.empty(n, 10, device=device).uniform_(*scale) * side**2  # ten tries
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
@@ -897,7 +897,8 @@ def resize_weights(start, length, side, size):
     result_pixels = torch.arange(size, device=start.device)[:, None] + 0.5  # [size, 1]
     centers = start + step * result_pixels  # [..., size, 1]
     distances = (pixels - centers).abs()  # [..., size, side]
-    # A triangle around each center; where the image shrinks, as wide as a step (antialiasing).
+    # Triangles, from 1 at the center to 0 at a distance of one pixel or, where the image shrinks,
+    # of one step (antialiasing).
     weights = (1 - distances / step.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixels > start) & (pixels < end))  # pixels outside do not count
     return weights / weights.sum(dim=-1, keepdim=True)

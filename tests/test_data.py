@@ -229,7 +229,7 @@ def test_the_test_view_is_the_middle_of_the_image(size, resized):
     picture("data/a.png", 300)
     picture("data/b.png", 50)
     data = load(image_size=size)
-    (images,) = data.whole_batches([torch.tensor([0, 1])])
+    (images,) = data.eval_batches([torch.tensor([0, 1])])
     for path, image in zip(data.paths, images, strict=True):
         expected = center_crop(resize(msf.read_image(path), resized), size)
         torch.testing.assert_close(image, pil_to_tensor(expected) / 255)
