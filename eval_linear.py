@@ -63,7 +63,7 @@ class Network:
 
 @dataclass
 class Data:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder; small-folder: at 64 pixels
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (of 64 px)
     dataset: str | None = None
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -881,7 +881,7 @@ def random_boxes(n, side, scale, device):
     lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
     fits = ((lengths >= 1) & (lengths <= side)).all(dim=0)
     first = fits.int().argmax(dim=1)  # the first try that fits
-    length = lengths[:, torch.arange(n, device=device), first]
+    length = lengths[:, torch.arange(n, device=device), first]  # [2, n]
     length = torch.where(fits.any(dim=1), length, side)  # or the whole image
     start = (torch.rand(2, n, device=device) * (side - length + 1)).floor()
     return start, length
@@ -908,7 +908,7 @@ def random_crop(images, args):
     """Images [n, 3, H, H] -> random resized crops, [n, 3, S, S]."""
     n, _, side, _ = images.shape
     start, length = random_boxes(n, side, args.crop_scale, images.device)
-    rows, columns = resize_weights(start, length, side, args.image_size)
+    rows, columns = resize_weights(start, length, side, args.image_size)  # [n, S, H] each
     return torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
 
 

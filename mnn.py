@@ -55,7 +55,7 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 @dataclass
 class Run:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder; small-folder: at 64 pixels
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (of 64 px)
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -74,7 +74,8 @@ class Views:
     flip: float = 0.0  # probability of a horizontal flip
     weak_flip: float | None = None  # that of the weak view; None: as --flip
     rotation: float = 10.0  # largest rotation, in degrees
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.0, 0.0)  # strong view's colour jitter
+    # strong view: brightness, contrast, saturation and hue change by up to this, probability 0.8
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.0, 0.0)
     gray: float = 0.0  # probability that the strong view is gray
     blur: float = 0.0  # probability that the strong view is blurred
 
@@ -213,12 +214,12 @@ def largest(similarities, k):
     """As similarities.topk(k, dim=1), but faster where m is large: values and indices [b, k] of the
     k largest in each row of similarities [b, m], the largest first."""
     columns = similarities.shape[1]
-    # Where blocks do not divide the row, or where k of them are more than a sixteenth of it.
+    # topk itself where blocks do not divide the row, or where k of them are over a sixteenth of it.
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
-    # Only the k blocks with the largest maxima matter: these k numbers are at least as large as any
-    # number in the other blocks.
+    # Only the k blocks with the largest maxima matter: these k maxima are k numbers that none in
+    # another block exceeds.
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -354,7 +355,7 @@ class MNN(nn.Module):
 
         # Push last: u is then no neighbour of its own.
         self.bank.enqueue(gather(weak_targets), gather(labels))
-        # About sqrt(1 - ||mean||^2): 1 if they point everywhere, 0 if all are alike
+        # About sqrt(1 - ||mean u||^2): 1 if targets point everywhere, 0 if all are alike
         spread = weak_targets.std(dim=0).norm()
         return loss, {"purity": purity, "spread": spread}
 
@@ -596,7 +597,7 @@ def random_boxes(n, side, scale, device):
     lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
     fits = ((lengths >= 1) & (lengths <= side)).all(dim=0)
     first = fits.int().argmax(dim=1)  # the first try that fits
-    length = lengths[:, torch.arange(n, device=device), first]
+    length = lengths[:, torch.arange(n, device=device), first]  # [2, n]
     length = torch.where(fits.any(dim=1), length, side)  # or the whole image
     start = (torch.rand(2, n, device=device) * (side - length + 1)).floor()
     return start, length
@@ -623,7 +624,7 @@ def random_crop(images, args):
     """Images [n, 3, H, H] -> random resized crops, [n, 3, S, S]."""
     n, _, side, _ = images.shape
     start, length = random_boxes(n, side, args.crop_scale, images.device)
-    rows, columns = resize_weights(start, length, side, args.image_size)
+    rows, columns = resize_weights(start, length, side, args.image_size)  # [n, S, H] each
     return torch.einsum("nih,nchw,njw->ncij", rows, images, columns)
 
 
@@ -682,7 +683,7 @@ def gaussian_blur(images):
     sigma = uniform(images, 0.1, 2)
     pixels = torch.arange(images.shape[3], device=images.device)
     distance = pixels[:, None] - pixels
-    # At least -30, a weight of 1e-13. Below exp(-87), and in products, there would be denormal
+    # At least -30, a weight of 1e-13: much smaller weights, and their products, are denormal
     # numbers, with which CPUs multiply slowly.
     exponent = (-(distance**2) / (2 * sigma**2)).clamp(min=-30)
     weights = torch.softmax(exponent, dim=3)  # [n, 1, S, S]; rows sum to 1
@@ -825,7 +826,7 @@ def resume(path, args, n, model, optimizer):
     if state["epoch"] > args.epochs:
         raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
     model.bank.pushed = state["pushed"]
-    # The momentum buffers are the checkpoint's, momentum and weight decay are this run's.
+    # load_state_dict also loads momentum and weight decay; put this run's back.
     settings = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(settings)
@@ -863,7 +864,7 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        # TF32 for all products in float32: nearly the same neighbours are found, much sooner.
+        # TF32 for products in float32: the search finds nearly the same neighbours, much sooner.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if on_gpu else "gloo"
@@ -931,8 +932,9 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # This has copied buffers from rank 0. Not again in every step: the banks stay equal, and
-        # embed copies BatchNorm's statistics. (The same as an argument makes newer torch warn.)
+        # DDP's constructor copied rank 0's buffers; do not copy them again in every step. The banks
+        # stay equal, and embed copies BatchNorm's statistics of the network that it evaluates.
+        # (Set here, since newer torch warns of the constructor's argument.)
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
