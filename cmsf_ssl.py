@@ -57,7 +57,8 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 @dataclass
 class Run:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (of 64 px)
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet; your own images: folder (shrunk to
+    # 224 pixels) or small-folder (64)
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -217,8 +218,8 @@ def largest(similarities, k):
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
-    # Only the k blocks with the largest maxima matter: these k maxima are k numbers that none in
-    # another block exceeds.
+    # Only the k blocks with the largest maxima matter. A number in another block is at most that
+    # block's maximum, and so at most each of these k maxima.
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -313,7 +314,7 @@ class CMSF(nn.Module):
         """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
         averages = list(self.target.parameters())
         weights = list(self.online.parameters())
-        # torch's function works in place, without gradients, and ignores its third argument.
+        # torch's function works in place and without gradients. It ignores the None, a count.
         get_ema_multi_avg_fn(self.ema)(averages, weights, None)
 
     def forward(self, weak, strong, third, labels, indices):
@@ -448,7 +449,7 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        # The last 360 are by other writers.
+        # The last 360 are mostly by other writers.
         split = slice(None, -360) if is_train else slice(-360, None)
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
@@ -571,7 +572,7 @@ class ImageData:
         else:
             for indices in order:
                 copies = (self.images[indices] / 255).repeat(num_crops, 1, 1, 1)
-                yield list(random_crop(copies, self.args).chunk(num_crops))  # all in one call
+                yield list(random_crop(copies, self.args).chunk(num_crops))  # one call for all
 
     def eval_batches(self, order):
         """For each batch of indices [b] in `order`, the images as they are tested, in 0..1: center
@@ -745,7 +746,7 @@ def check_data(args, train, test, world_size):
         raise SystemExit(f"{n} training images are too few")
     if args.batch_size > n:
         batch = world_size * max(2, n // 4 // world_size)  # some four steps an epoch
-        smaller = f"--batch-size {batch} --bank-size {n}"
+        smaller = f"--batch-size {batch} --bank-size {n}"  # a row for each image
         if args.topk > batch:
             smaller += f" --topk {batch}"
         raise SystemExit(f"--batch-size is above the {n} training images; try {smaller}")
@@ -825,7 +826,7 @@ def save(content, path):
 
 def resume(path, args, n, model, optimizer):
     """Load a checkpoint of a run on n images. Returns its epochs, and lines to print. Raises
-    SystemExit if the number of images or the model is another."""
+    SystemExit if the number of images or the model is another, or if it has too many epochs."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state.get("method") != type(model).__name__:
         raise SystemExit(f"{path} is of another script or version: choose a new --run-name")
@@ -876,7 +877,7 @@ def failures_explained():
 @failures_explained()
 def main(args):
     """Train. Returns a dict: the last loss (of this process's images), knn (the k-NN accuracy in
-    percent, None without labels) and checkpoint (its path, as the first process has it)."""
+    percent, None without labels) and checkpoint (its path, right in the first process)."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -946,9 +947,9 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # DDP's constructor copied rank 0's buffers; do not copy them again in every step. The banks
-        # stay equal, and embed copies BatchNorm's statistics of the network that it evaluates.
-        # (Set here, since newer torch warns of the constructor's argument.)
+        # Do not send buffers in every step: the bank alone can have 2 GB. The banks stay equal, as
+        # each process pushes the gathered rows. BatchNorm's running statistics are used only in
+        # embed, which copies them. (Set here: newer torch warns of the constructor's argument.)
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
@@ -970,8 +971,8 @@ def main(args):
         if epoch % args.knn_every == 0:
             measure_knn(epoch)  # at first, that of the untrained network
         order = epoch_order(n, epoch, args, rank, world_size).to(device)
-        # For crops and views: each process draws its own, and again the same if a stopped run goes
-        # on with this epoch.
+        # Seeds crops and views: other ones in each process, and the same again if a stopped run
+        # goes on with this epoch.
         torch.manual_seed(args.seed * 1_000_000 + epoch * 1_000 + rank)
         started = time.time()
         history = []
@@ -1000,8 +1001,8 @@ def main(args):
             norm_of_weights = nn.utils.get_total_norm(parameters)
             if not norm_of_weights.isfinite():
                 raise SystemExit(f"weights not finite by step {step}, lr {lr:g}; lower --lr")
-            if rank == 0:
-                means = torch.stack(history).nanmean(dim=0).tolist()  # of this process's images
+            if rank == 0:  # of its own images
+                means = torch.stack(history).nanmean(dim=0).tolist()  # purity may be NaN
                 names = ["loss", *metrics]
                 entry = {name: x for name, x in zip(names, means) if not math.isnan(x)}
                 seconds_per_step = (time.time() - started) / (i + 1)

@@ -63,7 +63,8 @@ class Network:
 
 @dataclass
 class Data:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet, folder or small-folder (of 64 px)
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet; your own images: folder (shrunk to
+    # 224 pixels) or small-folder (64)
     dataset: str | None = None
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
@@ -669,7 +670,7 @@ def load_split(args, is_train):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        # The last 360 are by other writers.
+        # The last 360 are mostly by other writers.
         split = slice(None, -360) if is_train else slice(-360, None)
         images = torch.tensor(digits.images[split]).unsqueeze(1) * (255 / 16)  # were 0 to 16
         images = F.interpolate(images, scale_factor=2, mode="bilinear").round().byte()
@@ -792,7 +793,7 @@ class ImageData:
         else:
             for indices in order:
                 copies = (self.images[indices] / 255).repeat(num_crops, 1, 1, 1)
-                yield list(random_crop(copies, self.args).chunk(num_crops))  # all in one call
+                yield list(random_crop(copies, self.args).chunk(num_crops))  # one call for all
 
     def eval_batches(self, order):
         """For each batch of indices [b] in `order`, the images as they are tested, in 0..1: center
