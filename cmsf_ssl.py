@@ -57,8 +57,8 @@ from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 
 @dataclass
 class Run:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet; your own images: folder (shrunk to
-    # 224 pixels) or small-folder (64)
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet;
+    # for your own images: folder (224 pixels), small-folder (64 pixels)
     dataset: str = "digits"
     data_dir: str = "data"  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU

@@ -63,8 +63,8 @@ class Network:
 
 @dataclass
 class Data:
-    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet; your own images: folder (shrunk to
-    # 224 pixels) or small-folder (64)
+    # digits, cifar10, cifar100, stl10, tinyimagenet, imagenet;
+    # for your own images: folder (224 pixels), small-folder (64 pixels)
     dataset: str | None = None
     data_dir: str | None = None  # folder of the data set; CIFAR and STL-10 are downloaded to it
     num_workers: int = min(8, os.cpu_count() or 1)  # processes that read image files, for each GPU
