@@ -875,9 +875,10 @@ def uniform(images, low, high):
 
 
 def random_boxes(n, side, scale, device):
-    """Boxes in square images, drawn as by torchvision's RandomResizedCrop. Returns their start and
-    their length, each [2, n]: along the rows, then along the columns."""
+    """Boxes in square images, drawn as by torchvision's RandomResizedCrop. Returns their start
+    [2, n], top and left, and their length [2, n], height and width."""
     area = torch.empty(n, 10, device=device).uniform_(*scale) * side**2  # ten tries
+    # Width / height.
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
     fits = ((lengths >= 1) & (lengths <= side)).all(dim=0)

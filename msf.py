@@ -11,7 +11,7 @@ from a memory bank M of past target embeddings. norm(x) = x / ||x||.
     query    q = norm(h(f(strong view)))
     loss     mean of ||q - M_j||^2 over the k rows M_j nearest to u
 
-u is its own nearest row, so that k = 1 is BYOL's loss, for one order of the two views.
+u is its own nearest row, so that k = 1 is BYOL's loss without exchanging the views.
 
     python msf.py                                                  # digits, on a CPU or a GPU
     python msf.py --dataset small-folder --data-dir photos         # pictures without labels
@@ -198,12 +198,12 @@ def largest(similarities, k):
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
-    # Only the k blocks with the largest maxima matter. A number in another block is at most that
-    # block's maximum, and so at most each of these k maxima.
+    # Only the k blocks with the largest maxima matter. A number in another block is at most its
+    # block's maximum, so at most each of these k maxima, which are k candidates already.
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
-    block = chosen.gather(1, found // BLOCK)  # the block of the row that each lies in
+    block = chosen.gather(1, found // BLOCK)  # found // BLOCK: which of the k chosen ones
     return values, block * BLOCK + found % BLOCK
 
 
@@ -495,9 +495,10 @@ def uniform(images, low, high):
 
 
 def random_boxes(n, side, scale, device):
-    """Boxes in square images, drawn as by torchvision's RandomResizedCrop. Returns their start and
-    their length, each [2, n]: along the rows, then along the columns."""
+    """Boxes in square images, drawn as by torchvision's RandomResizedCrop. Returns their start
+    [2, n], top and left, and their length [2, n], height and width."""
     area = torch.empty(n, 10, device=device).uniform_(*scale) * side**2  # ten tries
+    # Width / height.
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     lengths = torch.stack([area / ratio, area * ratio]).sqrt().round()  # [2, n, 10]
     fits = ((lengths >= 1) & (lengths <= side)).all(dim=0)
@@ -554,7 +555,7 @@ def shift_hue(images, shift):
     red, green, blue = images.split(1, dim=1)
     value = images.amax(1, keepdim=True)
     chroma = (value - images.amin(1, keepdim=True)).clamp(min=1e-12)
-    # The hue goes from 0 to 6: red is 0, green 2, blue 4.
+    # The hue, modulo 6: red is 0, green 2, blue 4.
     hue = torch.where(value == green, 2 + (blue - red) / chroma, 4 + (red - green) / chroma)
     hue = torch.where(value == red, (green - blue) / chroma, hue)
     hue = hue + 6 * shift
@@ -731,7 +732,7 @@ def resume(path, args, n, model, optimizer):
     if state["epoch"] > args.epochs:
         raise SystemExit(f"{path} has {state['epoch']} epochs, more than --epochs {args.epochs}")
     model.bank.pushed = state["pushed"]
-    # load_state_dict also loads momentum and weight decay; put this run's back.
+    # load_state_dict also loads the options momentum and weight_decay; put this run's back.
     settings = {name: x for name, x in optimizer.param_groups[0].items() if name != "params"}
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(settings)
