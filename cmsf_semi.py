@@ -71,7 +71,7 @@ class Run:
 
 @dataclass
 class Views:
-    image_size: int = 16  # side S of a view in pixels; below 96, files are kept in memory
+    image_size: int = 16  # side S of a view in pixels; below 96, files' centers stay in memory
     crop_scale: tuple[float, float] = (0.6, 1.0)  # least and largest share of the area
     flip: float = 0.0  # probability of a horizontal flip
     rotation: float = 10.0  # largest rotation, in degrees
@@ -161,13 +161,24 @@ def check_args(args, world_size):
     for name in ("epochs", "batch_size", "topk", "image_size", "log_every", "knn_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and value < 0:
+            raise SystemExit(f"--{name.replace('_', '-')} must not be negative")
+    for name in ("flip", "gray", "blur", "ema"):
+        if getattr(args, name) > 1:
+            raise SystemExit(f"--{name} must be from 0 to 1")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise SystemExit("--crop-scale: need 0 < least share <= largest share <= 1")
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
-        raise SystemExit(f"--batch-size: need equal shares, 2 or more, for {world_size} processes")
-    run_name = "new" if args.run_name is None else args.run_name
-    if run_name in ("", ".", "..") or Path(run_name).name != run_name:
+        fault = "--batch-size must be at least 2 for each process, and a multiple of their number"
+        raise SystemExit(f"{fault}, {world_size}")
+    run_name = args.run_name or "none"  # which is a name that passes
+    if run_name in (".", "..") or Path(run_name).name != run_name:
         raise SystemExit("--run-name is the name of a folder in runs/, without a path")
     if not args.topk <= args.batch_size <= args.bank_size:
-        raise SystemExit("need --topk <= --batch-size (rows of the first step) <= --bank-size")
+        values = f"{args.topk}, {args.batch_size}, {args.bank_size}"
+        need = "need --topk <= --batch-size (rows of the first step) <= --bank-size"
+        raise SystemExit(f"{need}; they are {values}")
     if not 0 < args.confidence <= 1:
         raise SystemExit("--confidence: need a probability")
 
@@ -213,7 +224,7 @@ def largest(similarities, k):
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
     # Only the k blocks with the largest maxima matter. A number in another block is at most its
-    # block's maximum, so at most each of these k maxima, which are k candidates already.
+    # block's maximum, so at most each of these k maxima: k numbers as large are candidates already.
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -286,7 +297,7 @@ class CMSF(nn.Module):
         """g <- ema g + (1 - ema) f, for weights; BatchNorm's statistics are g's own."""
         averages = list(self.target.parameters())
         weights = list(self.online.parameters())
-        # torch's function works in place and without gradients. It ignores the None, a count.
+        # In place and without gradients. The last argument, a count, is not used.
         get_ema_multi_avg_fn(self.ema)(averages, weights, None)
 
     @torch.autocast("cuda", enabled=False)  # not in bfloat16
@@ -362,8 +373,9 @@ class CMSF(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Of all pairs of an image [b] and one of its neighbours [b, k] whose labels are both known
-    (>= 0), the share with equal labels; NaN if there are none. An image is its own neighbour:
-    with few labels, most of these pairs are an image and itself, and the share is near 1."""
+    (>= 0), the share with equal labels; NaN if there are none. An image is its own neighbour,
+    so the share is at least 1 / k; where few images have labels, hardly any other pair counts, and
+    it is near 1."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
@@ -411,11 +423,16 @@ def gather(tensor):
 
 SMALL = 96  # below this size, image files are shrunk once and kept in memory
 UNLABELLED = ("unlabelled", "unlabeled")  # folders in train/ that are no classes
+FOLDERS = "need images without train/ and val/; or train/CLASS/*.jpg and, to test, val/CLASS/*.jpg"
 HINTS = {
+    "digits": "they come with scikit-learn",
+    "cifar10": f"if offline, put {datasets.CIFAR10.url} there",
+    "cifar100": f"if offline, put {datasets.CIFAR100.url} there",
+    "stl10": f"if offline, put {datasets.STL10.url} there",
     "tinyimagenet": "need the unpacked http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "imagenet": "need train/CLASS/*.JPEG and val/CLASS/*.JPEG",
-    "folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
-    "small-folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
+    "folder": FOLDERS,
+    "small-folder": FOLDERS,
 }
 
 
@@ -488,13 +505,15 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
-            # 16-bit gray has the mode "I;16" or, for PNG and PPM in older Pillow, "I" (32 bits).
+            # 16-bit gray has the mode "I;16" or, for PPM and older Pillow's PNG, "I" (32 bits).
             is_16_bit_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
             if image.mode.startswith("I;16") or is_16_bit_in_32:
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
-                raise ValueError("its range is unknown; convert it to 8 or 16 bits per channel")
+                raise ValueError("its range is unknown; convert it to 8 or unsigned 16 bits")
+            if image.mode == "P":  # directly, Pillow warns of transparent colours
+                image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:
         raise OSError(f"cannot read {path}: {error}") from error
@@ -529,10 +548,11 @@ class ImageData:
         try:
             images, self.paths, labels = load_split(args, is_train)
         except (OSError, RuntimeError) as error:
-            hint = HINTS.get(args.dataset, "if offline, unpack its archive there")
             fault = f"cannot load {args.dataset} from --data-dir {args.data_dir}"
-            raise SystemExit(f"{fault}: {hint} ({error})") from error
+            raise SystemExit(f"{fault}: {HINTS[args.dataset]} ({error})") from error
         if self.paths and args.image_size < SMALL:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"reading {len(labels)} image files into memory", flush=True)
             order = torch.arange(len(labels)).split(256)
             batches = self.read_files(order, num_crops=1, center=True)
             # Each is cloned, so that its shared memory with a worker is free again.
@@ -781,13 +801,13 @@ def check_data(args, train, test, world_size):
         raise SystemExit(f"--batch-size is above the {n} training images; try {smaller}")
     labelled = (train.labels >= 0).sum().item()
     tested = (test.labels >= 0).sum().item()
-    lines = [f"{n} training images ({labelled} labelled), {tested} labelled test images"]
+    tests = f"{len(test.labels)} test images ({tested} labelled)"
+    lines = [f"{n} training images ({labelled} labelled), {tests}"]
     if args.bank_size > n:
         lines.append(f"--bank-size is above {n}: the bank holds several embeddings of an image")
     if args.warmup_epochs >= args.epochs:
-        lines.append(
-            "--warmup-epochs is as long as the run (fine for a trial): the rate never falls"
-        )
+        warmup = f"--warmup-epochs {args.warmup_epochs:g} of {args.epochs} epochs"
+        lines.append(f"{warmup}: the learning rate only rises (fine for a trial)")
     if labelled == 0:
         lines.append("purity and k-NN accuracy are not measured: they need labels, train/CLASS/")
     elif tested == 0:
@@ -805,7 +825,7 @@ def embed(network, data, indices, rank, world_size):
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
-    if dist.is_initialized():  # without SyncBatchNorm, the statistics differ: use rank 0's
+    if dist.is_initialized():  # on CPUs, BatchNorm's statistics differ: use rank 0's
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     for images in data.eval_batches(own.split(256)):
@@ -859,7 +879,8 @@ def save(content, path):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     temporary = path.with_suffix(".tmp")
-    # torch.save to a full disk raises RuntimeError; this raises OSError, for failures_explained.
+    # On a full disk, write_bytes raises OSError, which failures_explained knows; torch.save would
+    # raise RuntimeError.
     temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
 
@@ -906,7 +927,10 @@ def failures_explained():
         raise SystemExit("stopped") from None
     except OSError as error:
         # An error from a worker holds the worker's traceback; its last line is the message.
-        raise SystemExit(str(error).strip().split("\n")[-1]) from error
+        message = str(error).strip().split("\n")[-1].removeprefix("OSError: ")
+        if "No space left" in message:
+            message += " (the disk or, in Docker, /dev/shm: docker run --shm-size=8g)"
+        raise SystemExit(message) from error
     except RuntimeError as error:
         if not re.search(r"worker .*(killed|exited)|unable to .*shared memory", str(error)):
             raise
@@ -916,8 +940,9 @@ def failures_explained():
 
 @failures_explained()
 def main(args):
-    """Train. Returns a dict: the last loss (of this process's images), knn and classifier
-    (accuracies in percent, or None) and checkpoint (its path, right in the first process)."""
+    """Train. Returns a dict: loss (the last one, of this process's images; NaN if no epoch was
+    left), knn and classifier (accuracies in percent, or None) and checkpoint (its path, right in
+    the first process)."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))

@@ -74,7 +74,7 @@ class Data:
 
 @dataclass
 class Views:
-    image_size: int | None = None  # side of an image in pixels; below 96, files are kept in memory
+    image_size: int | None = None  # side of an image in pixels; below 96, files stay in memory
     # least and largest share of the area of a crop, in training
     crop_scale: tuple[float, float] | None = None
     flip: float | None = None  # probability of a horizontal flip, in training
@@ -654,11 +654,16 @@ def gather(tensor):
 
 SMALL = 96  # below this size, image files are shrunk once and kept in memory
 UNLABELLED = ("unlabelled", "unlabeled")  # folders in train/ that are no classes
+FOLDERS = "need images without train/ and val/; or train/CLASS/*.jpg and, to test, val/CLASS/*.jpg"
 HINTS = {
+    "digits": "they come with scikit-learn",
+    "cifar10": f"if offline, put {datasets.CIFAR10.url} there",
+    "cifar100": f"if offline, put {datasets.CIFAR100.url} there",
+    "stl10": f"if offline, put {datasets.STL10.url} there",
     "tinyimagenet": "need the unpacked http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "imagenet": "need train/CLASS/*.JPEG and val/CLASS/*.JPEG",
-    "folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
-    "small-folder": "need images, or train/CLASS/*.jpg and val/CLASS/*.jpg",
+    "folder": FOLDERS,
+    "small-folder": FOLDERS,
 }
 
 
@@ -731,13 +736,15 @@ def read_image(path):
     """An image file as RGB. Raises OSError, with the path, if it cannot be read."""
     try:
         with Image.open(path) as image:
-            # 16-bit gray has the mode "I;16" or, for PNG and PPM in older Pillow, "I" (32 bits).
+            # 16-bit gray has the mode "I;16" or, for PPM and older Pillow's PNG, "I" (32 bits).
             is_16_bit_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
             if image.mode.startswith("I;16") or is_16_bit_in_32:
                 high_bytes = np.asarray(image) // 256
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
-                raise ValueError("its range is unknown; convert it to 8 or 16 bits per channel")
+                raise ValueError("its range is unknown; convert it to 8 or unsigned 16 bits")
+            if image.mode == "P":  # directly, Pillow warns of transparent colours
+                image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:
         raise OSError(f"cannot read {path}: {error}") from error
@@ -772,10 +779,11 @@ class ImageData:
         try:
             images, self.paths, labels = load_split(args, is_train)
         except (OSError, RuntimeError) as error:
-            hint = HINTS.get(args.dataset, "if offline, unpack its archive there")
             fault = f"cannot load {args.dataset} from --data-dir {args.data_dir}"
-            raise SystemExit(f"{fault}: {hint} ({error})") from error
+            raise SystemExit(f"{fault}: {HINTS[args.dataset]} ({error})") from error
         if self.paths and args.image_size < SMALL:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"reading {len(labels)} image files into memory", flush=True)
             order = torch.arange(len(labels)).split(256)
             batches = self.read_files(order, num_crops=1, center=True)
             # Each is cloned, so that its shared memory with a worker is free again.
@@ -949,7 +957,10 @@ def failures_explained():
         raise SystemExit("stopped") from None
     except OSError as error:
         # An error from a worker holds the worker's traceback; its last line is the message.
-        raise SystemExit(str(error).strip().split("\n")[-1]) from error
+        message = str(error).strip().split("\n")[-1].removeprefix("OSError: ")
+        if "No space left" in message:
+            message += " (the disk or, in Docker, /dev/shm: docker run --shm-size=8g)"
+        raise SystemExit(message) from error
     except RuntimeError as error:
         if not re.search(r"worker .*(killed|exited)|unable to .*shared memory", str(error)):
             raise

@@ -189,6 +189,14 @@ def test_a_picture_of_any_mode_comes_out_as_rgb(mode):
     assert torch.equal(pil_to_tensor(msf.read_image("a.tif")), pil_to_tensor(image.convert("RGB")))
 
 
+@pytest.mark.filterwarnings("error")  # Pillow may warn of such pictures
+def test_a_picture_with_transparent_colours_comes_out_as_rgb():
+    picture("a.png")
+    image = Image.open("a.png").quantize(16)
+    image.save("a.png", transparency=bytes(range(16)))
+    assert torch.equal(pil_to_tensor(msf.read_image("a.png")), pil_to_tensor(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
 def test_sixteen_bits_become_eight(name):
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
@@ -203,7 +211,7 @@ def test_sixteen_bits_become_eight(name):
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_a_picture_of_unknown_range_is_refused_by_name(kind):
     Image.fromarray(np.arange(64 * 64).reshape(64, 64).astype(kind)).save("a.tif")
-    with pytest.raises(OSError, match=r"cannot read a.tif: .*convert it to 8 or 16 bits"):
+    with pytest.raises(OSError, match=r"cannot read a.tif: .*convert it to 8 or unsigned 16 bits"):
         msf.read_image("a.tif")
 
 
@@ -251,11 +259,11 @@ def test_every_epoch_has_its_own_order_whatever_the_number_of_processes():
 @pytest.mark.parametrize(
     "dataset, hint",
     [
-        ("cifar100", "unpack its archive there"),
-        ("stl10", "unpack its archive there"),
+        ("cifar100", "kriz/cifar-100-python.tar.gz there"),
+        ("stl10", "stl10_binary.tar.gz there"),
         ("tinyimagenet", "tiny-imagenet-200.zip"),
         ("imagenet", "need train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
-        ("small-folder", "need images, or train/CLASS/*.jpg"),
+        ("small-folder", "need images without train/ and val/; or train/CLASS/*.jpg"),
     ],
 )
 def test_missing_data_comes_with_the_hint_for_its_data_set(dataset, hint, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises(script, capsys):
     assert [event.step for event in events.Scalars("knn")] == [0, 3, 6]
 
     lines = capsys.readouterr().out.splitlines()
-    assert "24 training images (24 labelled), 24 labelled test images" in lines
+    assert "24 training images (24 labelled), 24 test images (24 labelled)" in lines
     epoch = r"epoch 1/2  step 3/3  loss \S+  purity \S+  .* \d+ images/s  \d:\d\d:\d\d left"
     assert any(re.fullmatch(epoch, line) for line in lines)
     assert lines[-1].endswith(f"python eval_linear.py --checkpoint {last}")
@@ -129,9 +129,10 @@ def test_without_val_the_purity_is_measured_alone(script, capsys):
 def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
     labelled_pictures()
     msf.main(tiny(msf, bank_size=64, warmup_epochs=2.0))
-    lines = capsys.readouterr().out.splitlines()[:4]
+    lines = capsys.readouterr().out.splitlines()[:6]
     assert "--bank-size is above 16: the bank holds several embeddings of an image" in lines
-    assert "--warmup-epochs is as long as the run (fine for a trial): the rate never falls" in lines
+    warmup = "--warmup-epochs 2 of 2 epochs: the learning rate only rises (fine for a trial)"
+    assert warmup in lines
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,10 @@ def without_shared_memory(path):
     raise RuntimeError("unable to allocate shared memory (shm): No space left on device (28)")
 
 
+def without_any_shared_memory(path):
+    raise OSError(28, "No space left on device")  # as where a loader starts its workers
+
+
 def killed(path):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -306,6 +311,7 @@ HINT = r"^Reading images failed; .*--num-workers .*docker run --shm-size=8g.\n"
     "read_image, error, message",
     [
         (without_shared_memory, SystemExit, HINT + r"(?s:.*)No space left on device \(28\)$"),
+        (without_any_shared_memory, SystemExit, r"No space left .*docker run --shm-size=8g\)$"),
         (killed, SystemExit, HINT + "DataLoader worker .* exited"),
         (bug, RuntimeError, "shapes do not match"),
     ],
@@ -337,8 +343,12 @@ def test_pictures_are_read_under_any_start_method(monkeypatch):
         (METHODS, 1, {"run_name": ".."}, "--run-name is the name of a folder in runs/"),
         (METHODS, 1, {"topk": 9}, "need --topk <= --batch-size"),
         (METHODS, 1, {"bank_size": 7}, "need --topk <= --batch-size"),
-        (METHODS, 8, {}, "--batch-size: need equal shares, 2 or more, for 8 processes"),
-        (METHODS, 3, {}, "--batch-size: need equal shares, 2 or more, for 3 processes"),
+        (METHODS, 8, {}, "--batch-size must be at least 2 for each process"),
+        (METHODS, 3, {}, "--batch-size must be at least 2 for each process"),
+        (METHODS, 1, {"num_workers": -1}, "--num-workers must not be negative"),
+        (METHODS, 1, {"lr": -0.1}, "--lr must not be negative"),
+        (METHODS, 1, {"ema": 2.0}, "--ema must be from 0 to 1"),
+        (METHODS, 1, {"crop_scale": (1.0, 0.2)}, "--crop-scale: need 0 < least"),
         ([cmsf_ssl], 1, {"num_candidates": 4}, "need --topk <= --num-candidates <= --bank-size"),
         ([cmsf_semi], 1, {"confidence": 1.5}, "--confidence: need a probability"),
         ([mnn], 1, {"bn_splits": 3}, "--bn-splits must divide --batch-size into parts of 2 or"),
