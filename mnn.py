@@ -70,7 +70,8 @@ class Run:
 
 @dataclass
 class Views:
-    image_size: int = 16  # side S of a view in pixels; below 96, files' centers stay in memory
+    # side S of a view in pixels; below 96, image files are first reduced to their S x S center
+    image_size: int = 16
     crop_scale: tuple[float, float] = (0.6, 1.0)  # least and largest share of the area
     flip: float = 0.0  # probability of a horizontal flip
     weak_flip: float | None = None  # that of the weak view; None: as --flip
@@ -230,8 +231,8 @@ def largest(similarities, k):
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
-    # Only the k blocks with the largest maxima matter. A number in another block is at most its
-    # block's maximum, so at most each of these k maxima: k numbers as large are candidates already.
+    # Only the k blocks with the largest maxima matter. A number outside of them is at most each of
+    # their k maxima, which are k candidates at least as large: it is not needed.
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -367,7 +368,8 @@ class MNN(nn.Module):
 
         # Push last: u is then no neighbour of its own.
         self.bank.enqueue(gather(weak_targets), gather(labels))
-        # About sqrt(1 - ||mean u||^2): 1 if targets point everywhere, 0 if all are alike
+        # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point everywhere,
+        # near 0 if all are alike.
         spread = weak_targets.std(dim=0).norm()
         return loss, {"purity": purity, "spread": spread}
 
@@ -879,7 +881,7 @@ def failures_explained():
 @failures_explained()
 def main(args):
     """Train. Returns a dict: loss (the last one, of this process's images; NaN if no epoch was
-    left), knn (k-NN accuracy in percent, None without labels) and checkpoint (its path, right in
+    left), knn (k-NN accuracy in percent, None without labels) and checkpoint (its path, valid in
     the first process)."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -958,9 +960,9 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # Do not send buffers in every step: the bank alone can have 2 GB. The banks stay equal, as
-        # each process pushes the gathered rows. BatchNorm's running statistics are used only in
-        # embed, which copies them. (Set here: newer torch warns of the constructor's argument.)
+        # DDP reads this in every forward. (As the constructor's argument, newer torch warns of it.)
+        # No need to send buffers: the banks, of up to 2 GB, stay equal, as each process pushes the
+        # gathered rows; BatchNorm's running statistics are used only in embed, which sends them.
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.
@@ -1012,7 +1014,7 @@ def main(args):
             norm_of_weights = nn.utils.get_total_norm(parameters)
             if not norm_of_weights.isfinite():
                 raise SystemExit(f"weights not finite by step {step}, lr {lr:g}; lower --lr")
-            if rank == 0:  # of its own images
+            if rank == 0:  # the means are of its own images
                 means = torch.stack(history).nanmean(dim=0).tolist()  # purity may be NaN
                 names = ["loss", *metrics]
                 entry = {name: x for name, x in zip(names, means) if not math.isnan(x)}
