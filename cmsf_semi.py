@@ -342,8 +342,8 @@ class CMSF(nn.Module):
             "purity": label_purity(nearest_labels, true_labels),
             "coverage": pseudo.sum() / (given < 0).sum(),  # NaN if all are given
             "pseudo_accuracy": label_purity(pseudo_labels, true_labels),  # k = 1: an accuracy
-            # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point everywhere,
-            # near 0 if all are alike.
+            # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point
+            # everywhere, near 0 if all are alike.
             "spread": targets.std(dim=0).norm(),
         }
         return loss, metrics

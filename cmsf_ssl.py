@@ -376,8 +376,8 @@ class CMSF(nn.Module):
             # Rows nearer to u than the farthest related row: k - 1 if the related rows are the k
             # nearest, more if the constraint reaches farther; a small cluster can make it fewer.
             "rank": (similarities > farthest).sum(dim=1).float().mean(),
-            # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point everywhere,
-            # near 0 if all are alike.
+            # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point
+            # everywhere, near 0 if all are alike.
             "spread": targets.std(dim=0).norm(),
         }
         return loss, metrics

@@ -368,8 +368,8 @@ class MNN(nn.Module):
 
         # Push last: u is then no neighbour of its own.
         self.bank.enqueue(gather(weak_targets), gather(labels))
-        # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point everywhere,
-        # near 0 if all are alike.
+        # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point
+        # everywhere, near 0 if all are alike.
         spread = weak_targets.std(dim=0).norm()
         return loss, {"purity": purity, "spread": spread}
 

@@ -271,8 +271,8 @@ class MSF(nn.Module):
         loss = mean_shift_loss(queries, bank[nearest])
 
         purity = label_purity(self.bank.labels[nearest], labels)
-        # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point everywhere,
-        # near 0 if all are alike.
+        # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point
+        # everywhere, near 0 if all are alike.
         spread = targets.std(dim=0).norm()
         return loss, {"purity": purity, "spread": spread}
 
