@@ -139,7 +139,7 @@ PROTOCOLS = {  # as published: scaled for ImageNet, raw for small images
 def parse_groups(defaults):
     """Args from the command line. tyro's --help shows all of Args as one group, but each value of a
     dict as a group of its own. So tyro gets a dict: an instance of each base class of Args."""
-    groups = {}
+    groups = {}  # such as "Views": Views(...)
     for base in Args.__bases__:
         values = {field.name: getattr(defaults, field.name) for field in fields(base)}
         groups[base.__name__] = base(**values)
@@ -654,7 +654,7 @@ def gather(tensor):
 
 SMALL = 96  # below this size, image files are shrunk once and kept in memory
 UNLABELLED = ("unlabelled", "unlabeled")  # folders in train/ that are no classes
-FOLDERS = "need images without train/ and val/; or train/CLASS/*.jpg and, to test, val/CLASS/*.jpg"
+FOLDERS = "need images in any folders, or train/CLASS/*.jpg and, to test, val/CLASS/*.jpg"
 HINTS = {
     "digits": "they come with scikit-learn",
     "cifar10": f"if offline, put {datasets.CIFAR10.url} there",
@@ -743,7 +743,7 @@ def read_image(path):
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError("its range is unknown; convert it to 8 or unsigned 16 bits")
-            if image.mode == "P":  # directly, Pillow warns of transparent colours
+            if image.mode == "P":  # in one step, Pillow may warn of transparent colours
                 image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:

@@ -136,7 +136,7 @@ def parse_args():
 def parse_groups(defaults):
     """Args from the command line. tyro's --help shows all of Args as one group, but each value of a
     dict as a group of its own. So tyro gets a dict: an instance of each base class of Args."""
-    groups = {}
+    groups = {}  # such as "Views": Views(...)
     for base in Args.__bases__:
         values = {field.name: getattr(defaults, field.name) for field in fields(base)}
         groups[base.__name__] = base(**values)
@@ -164,9 +164,10 @@ def check_args(args, world_size):
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
         fault = "--batch-size must be at least 2 for each process, and a multiple of their number"
         raise SystemExit(f"{fault}, {world_size}")
-    run_name = args.run_name or "none"  # which is a name that passes
-    if run_name in (".", "..") or Path(run_name).name != run_name:
-        raise SystemExit("--run-name is the name of a folder in runs/, without a path")
+    if args.run_name is not None:
+        is_path = Path(args.run_name).name != args.run_name
+        if is_path or args.run_name in ("", ".."):
+            raise SystemExit("--run-name is the name of a folder in runs/, without a path")
     if not args.topk <= args.batch_size <= args.bank_size:
         values = f"{args.topk}, {args.batch_size}, {args.bank_size}"
         need = "need --topk <= --batch-size (rows of the first step) <= --bank-size"
@@ -210,8 +211,8 @@ def largest(similarities, k):
     if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
-    # Only the k blocks with the largest maxima matter. A number outside of them is at most each of
-    # their k maxima, which are k candidates at least as large: it is not needed.
+    # Only the k blocks with the largest maxima are searched: a number in another block is no larger
+    # than these k maxima, so the k largest can do without it.
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # [b, k]
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK))  # [b, k, BLOCK]
     values, found = candidates.flatten(1).topk(k, dim=1)  # found: among k * BLOCK candidates
@@ -271,8 +272,7 @@ class MSF(nn.Module):
         loss = mean_shift_loss(queries, bank[nearest])
 
         purity = label_purity(self.bank.labels[nearest], labels)
-        # The variances add up to about 1 - ||mean u||^2: near 1 if the targets u point
-        # everywhere, near 0 if all are alike.
+        # About sqrt(1 - ||mean u||^2): near 1 if the targets u point everywhere, 0 if all equal
         spread = targets.std(dim=0).norm()
         return loss, {"purity": purity, "spread": spread}
 
@@ -329,7 +329,7 @@ def gather(tensor):
 
 SMALL = 96  # below this size, image files are shrunk once and kept in memory
 UNLABELLED = ("unlabelled", "unlabeled")  # folders in train/ that are no classes
-FOLDERS = "need images without train/ and val/; or train/CLASS/*.jpg and, to test, val/CLASS/*.jpg"
+FOLDERS = "need images in any folders, or train/CLASS/*.jpg and, to test, val/CLASS/*.jpg"
 HINTS = {
     "digits": "they come with scikit-learn",
     "cifar10": f"if offline, put {datasets.CIFAR10.url} there",
@@ -418,7 +418,7 @@ def read_image(path):
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError("its range is unknown; convert it to 8 or unsigned 16 bits")
-            if image.mode == "P":  # directly, Pillow warns of transparent colours
+            if image.mode == "P":  # in one step, Pillow may warn of transparent colours
                 image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:
@@ -848,9 +848,10 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # DDP reads this in every forward. (As the constructor's argument, newer torch warns of it.)
-        # No need to send buffers: the banks, of up to 2 GB, stay equal, as each process pushes the
-        # gathered rows; BatchNorm's running statistics are used only in embed, which sends them.
+        # Else DDP sends rank 0's buffers before every step, with a bank of up to 2 GB. No need: the
+        # banks stay equal, as each process pushes the gathered rows, and BatchNorm's statistics are
+        # used only in embed, which sends them. (Set as an attribute, which DDP reads in each
+        # forward: torch 2.14 warns of the argument.)
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.

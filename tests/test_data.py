@@ -263,7 +263,7 @@ def test_every_epoch_has_its_own_order_whatever_the_number_of_processes():
         ("stl10", "stl10_binary.tar.gz there"),
         ("tinyimagenet", "tiny-imagenet-200.zip"),
         ("imagenet", "need train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
-        ("small-folder", "need images without train/ and val/; or train/CLASS/*.jpg"),
+        ("small-folder", "need images in any folders, or train/CLASS/*.jpg"),
     ],
 )
 def test_missing_data_comes_with_the_hint_for_its_data_set(dataset, hint, monkeypatch):
