@@ -111,7 +111,7 @@ class Args(Run, Views, Training, ConstrainedMeanShift):
 
 
 # fmt: off
-IMAGENET = Args(  # section 4 of the paper; its topk, ema and momentum are the defaults above
+IMAGENET = Args(  # section 4 of the paper, like topk, ema and momentum in the classes above
     dataset="imagenet", image_size=224, crop_scale=(0.2, 1.0), flip=0.5, rotation=0.0,
     jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5, arch="resnet50", stem="imagenet", epochs=200,
     batch_size=256, lr=0.05, warmup_epochs=0.0, weight_decay=1e-4, bank_size=128_000)
@@ -143,8 +143,8 @@ def parse_args():
 
 
 def parse_groups(defaults):
-    """Args from the command line. tyro's --help shows all of Args as one group, but each value of a
-    dict as a group of its own. So tyro gets a dict: an instance of each base class of Args."""
+    """Args from the command line: tyro.cli(Args, default=defaults), but with a group in --help for
+    each base class of Args. tyro makes groups of the values of a dict."""
     groups = {}  # such as "Views": Views(...)
     for base in Args.__bases__:
         values = {field.name: getattr(defaults, field.name) for field in fields(base)}
@@ -170,6 +170,8 @@ def check_args(args, world_size):
             raise SystemExit(f"--{name} must be from 0 to 1")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         raise SystemExit("--crop-scale: need 0 < least share <= largest share <= 1")
+    if min(args.jitter) < 0 or max(args.jitter) > 1:
+        raise SystemExit("--jitter: need four numbers from 0 to 1")
     if args.batch_size % world_size != 0 or args.batch_size < 2 * world_size:
         fault = "--batch-size must be at least 2 for each process, and a multiple of their number"
         raise SystemExit(f"{fault}, {world_size}")
@@ -374,10 +376,10 @@ class CMSF(nn.Module):
 
 
 def label_purity(neighbor_labels, labels):
-    """Of all pairs of an image [b] and one of its neighbours [b, k] whose labels are both known
-    (>= 0), the share with equal labels; NaN if there are none. An image is its own neighbour,
-    so the share is at least 1 / k; where few images have labels, hardly any other pair counts, and
-    it is near 1."""
+    """Of the pairs of an image [b] and a neighbour [b, k] with both labels known (>= 0), the share
+    with equal labels; NaN if there are none. An image is its own neighbour, an equal pair: hence at
+    least 1 / k, and near 1 where so few images have labels that almost only these pairs are left.
+    """
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
@@ -470,7 +472,7 @@ def list_files(root, is_train, need_folders):
     folder = root / ("train" if is_train else "val")
     has_splits = (root / "train").is_dir() or (root / "val").is_dir()
     if is_train and not has_splits and not need_folders:
-        folder = root
+        folder = root  # all of it is for training
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
         raise FileNotFoundError(f"no images in {folder.absolute()}")
@@ -514,7 +516,7 @@ def read_image(path):
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError("its range is unknown; convert it to 8 or unsigned 16 bits")
-            if image.mode == "P":  # in one step, Pillow may warn of transparent colours
+            if image.mode == "P":  # straight to RGB, Pillow may warn of transparent colours
                 image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:
@@ -823,11 +825,12 @@ def embed(network, data, indices, rank, world_size):
     processes."""
     share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
     positions = torch.arange(rank * share, (rank + 1) * share)
-    own = indices[positions % len(indices)]  # the last share is filled up with the first images
+    own = indices[positions % len(indices)]  # shares beyond the end: filled up from the start
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
-    if dist.is_initialized():  # on CPUs, BatchNorm's statistics differ: use rank 0's
+    if dist.is_initialized():
+        # Without SyncBatchNorm, on CPUs, each process has its own BatchNorm statistics: use rank 0's.
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     for images in data.eval_batches(own.split(256)):
@@ -954,7 +957,7 @@ def main(args):
     if on_gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        # TF32 for products in float32: the search finds nearly the same neighbours, much sooner.
+        # TF32 for products in float32. The search finds nearly the same neighbours, much sooner.
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         backend = "nccl" if on_gpu else "gloo"
@@ -1014,10 +1017,10 @@ def main(args):
     parallel_model = model
     if world_size > 1:
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        # Else DDP sends rank 0's buffers before every step, with a bank of up to 2 GB. No need: the
-        # banks stay equal, as each process pushes the gathered rows, and BatchNorm's statistics are
-        # used only in embed, which sends them. (Set as an attribute, which DDP reads in each
-        # forward: torch 2.14 warns of the argument.)
+        # DDP need not send rank 0's buffers (the bank: up to 2 GB) before every step: banks stay
+        # equal, as each process pushes the gathered rows, and BatchNorm's statistics are used only
+        # in embed, which sends them. Set after construction, since torch 2.14 warns if the
+        # constructor gets broadcast_buffers=False; DDP reads the attribute in each forward.
         parallel_model.broadcast_buffers = False
     if rank == 0:
         # Makes the folder, and hides what a stopped run logged after its last checkpoint.

@@ -137,8 +137,8 @@ PROTOCOLS = {  # as published: scaled for ImageNet, raw for small images
 
 
 def parse_groups(defaults):
-    """Args from the command line. tyro's --help shows all of Args as one group, but each value of a
-    dict as a group of its own. So tyro gets a dict: an instance of each base class of Args."""
+    """Args from the command line: tyro.cli(Args, default=defaults), but with a group in --help for
+    each base class of Args. tyro makes groups of the values of a dict."""
     groups = {}  # such as "Views": Views(...)
     for base in Args.__bases__:
         values = {field.name: getattr(defaults, field.name) for field in fields(base)}
@@ -699,7 +699,7 @@ def list_files(root, is_train, need_folders):
     folder = root / ("train" if is_train else "val")
     has_splits = (root / "train").is_dir() or (root / "val").is_dir()
     if is_train and not has_splits and not need_folders:
-        folder = root
+        folder = root  # all of it is for training
     names = find_images(folder) if folder.is_dir() else []
     if is_train and not names:
         raise FileNotFoundError(f"no images in {folder.absolute()}")
@@ -743,7 +743,7 @@ def read_image(path):
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError("its range is unknown; convert it to 8 or unsigned 16 bits")
-            if image.mode == "P":  # in one step, Pillow may warn of transparent colours
+            if image.mode == "P":  # straight to RGB, Pillow may warn of transparent colours
                 image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:

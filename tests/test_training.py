@@ -349,6 +349,7 @@ def test_pictures_are_read_under_any_start_method(monkeypatch):
         (METHODS, 1, {"lr": -0.1}, "--lr must not be negative"),
         (METHODS, 1, {"ema": 2.0}, "--ema must be from 0 to 1"),
         (METHODS, 1, {"crop_scale": (1.0, 0.2)}, "--crop-scale: need 0 < least"),
+        (METHODS, 1, {"jitter": (2.0, 0.0, 0.0, 0.0)}, "--jitter: need four numbers"),
         ([cmsf_ssl], 1, {"num_candidates": 4}, "need --topk <= --num-candidates <= --bank-size"),
         ([cmsf_semi], 1, {"confidence": 1.5}, "--confidence: need a probability"),
         ([mnn], 1, {"bn_splits": 3}, "--bn-splits must divide --batch-size into parts of 2 or"),
