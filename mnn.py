@@ -72,7 +72,7 @@ class Run:
 class Views:
     # side S of a view in pixels; below 96, image files are first reduced to their S x S center
     image_size: int = 16
-    crop_scale: tuple[float, float] = (0.6, 1.0)  # least and largest share of the area
+    crop_scale: tuple[float, float] = (0.6, 1.0)  # a crop's share of the area, at least and at most
     flip: float = 0.0  # probability of a horizontal flip
     weak_flip: float | None = None  # that of the weak view; None: as --flip
     rotation: float = 10.0  # largest rotation, in degrees
@@ -230,8 +230,9 @@ def largest(similarities, k):
     """As similarities.topk(k, dim=1), but faster where m is large: values and indices [b, k] of the
     k largest in each row of similarities [b, m], the largest first."""
     columns = similarities.shape[1]
-    # topk itself where blocks do not divide the row, or where k of them are over a sixteenth of it.
-    if columns % BLOCK != 0 or columns < 16 * k * BLOCK:
+    # Plain topk where a row has no whole number of blocks, or where blocks would save little: where
+    # k of them are more than 1/16 of the row.
+    if columns % BLOCK != 0 or 16 * k * BLOCK > columns:
         return similarities.topk(k, dim=1)
     blocks = similarities.unflatten(1, (-1, BLOCK))  # [b, m / BLOCK, BLOCK]
     # Only the k blocks with the largest maxima are searched: a number in another block is no larger
@@ -779,7 +780,7 @@ def embed(network, data, indices, rank, world_size):
     outputs = []
     network.eval()
     if dist.is_initialized():
-        # Without SyncBatchNorm, on CPUs, each process has its own BatchNorm statistics: use rank 0's.
+        # Without SyncBatchNorm (on CPUs), BatchNorm's statistics differ by process: use rank 0's.
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     for images in data.eval_batches(own.split(256)):
@@ -810,7 +811,7 @@ def knn_accuracy(backbone, train, test, rank, world_size):
 
 def learning_rate(step, steps_per_epoch, args):
     """For steps 1, 2, ...: linear warm-up to lr, then a cosine from lr towards 0."""
-    warmup = args.warmup_epochs * steps_per_epoch
+    warmup = round(args.warmup_epochs * steps_per_epoch)
     if step <= warmup:
         return args.lr * step / warmup
     progress = (step - 1 - warmup) / (args.epochs * steps_per_epoch - warmup)
@@ -965,7 +966,7 @@ def main(args):
         parallel_model = nn.parallel.DistributedDataParallel(model)
         # DDP need not send rank 0's buffers (the bank: up to 2 GB) before every step: banks stay
         # equal, as each process pushes the gathered rows, and BatchNorm's statistics are used only
-        # in embed, which sends them. Set after construction, since torch 2.14 warns if the
+        # in embed, which sends them. Set after construction, as torch 2.14 warns if the
         # constructor gets broadcast_buffers=False; DDP reads the attribute in each forward.
         parallel_model.broadcast_buffers = False
     if rank == 0:

@@ -181,6 +181,12 @@ def test_the_learning_rate_rises_and_falls():
         assert rates[i] == pytest.approx(0.4 * (1 + math.cos(math.pi * (i - 10) / 40)))
 
 
+def test_a_warm_up_of_nearly_the_whole_run_ends_at_the_highest_rate():
+    args = replace(msf.RECIPES["digits"], lr=0.8, warmup_epochs=1.9, epochs=2)
+    rates = [msf.learning_rate(step, 5, args) for step in range(1, 11)]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(0.8)
+
+
 # ---- the same command continues
 
 
