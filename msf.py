@@ -916,7 +916,6 @@ def main(args):
                 print(f"{head}  {text}  lr {lr:.3g}  {speed:.0f} images/s  {left} left", flush=True)
                 for name, value in (entry | {"lr": lr, "images_per_s": speed}).items():
                     writer.add_scalar(name, value, step)
-                writer.flush()  # else a run that stops loses what it logged last
             history.clear()
 
         if rank == 0:  # before the evaluation, which may fail

@@ -230,6 +230,14 @@ def test_a_batch_has_crops_of_its_images(size):
         for crop in crops:  # red cats, blue dogs: the right picture for each index
             is_red = crop.mean((2, 3))[:, 0] > 0.5
             assert is_red.tolist() == (data.labels[indices] == 0).tolist()
+            assert 0.9 < crop.max() < 1.01
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_the_crops_of_an_image_differ(size):
+    picture("data/a.png", 120)
+    (crops,) = load(image_size=size).batches([torch.tensor([0])], num_crops=2)
+    assert not torch.equal(*crops)
 
 
 @pytest.mark.parametrize("size, resized", [(32, 32), (224, 256)])
@@ -254,6 +262,13 @@ def test_every_epoch_has_its_own_order_whatever_the_number_of_processes():
 
 
 # ---- what is missing is said in one line
+
+
+@pytest.mark.parametrize("name", ["tinyimagenet", "imagenet"])
+def test_a_folder_above_imagenet_is_not_taken_for_loose_pictures(name):
+    picture("data/unpacked/train/n01/1.JPEG")
+    with pytest.raises(SystemExit, match=f"cannot load {name} .*no images in .*data/train"):
+        load(name)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ The networks are of one convolution.
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -118,12 +117,19 @@ def test_pictures_without_labels_train_and_what_cannot_be_measured_is_left_out(s
 
 
 @pytest.mark.parametrize("script", [msf, cmsf_ssl, mnn])
-def test_without_val_the_purity_is_measured_alone(script, capsys):
+def test_without_the_classes_in_val_the_purity_is_measured_alone(script, capsys):
     labelled_pictures()
-    shutil.rmtree("photos/val")
+    Path("photos/val/cat").rename("photos/val/lion")
+    Path("photos/val/dog").rename("photos/val/wolf")
     assert script.main(tiny(script))["knn"] is None
     text = capsys.readouterr().out
+    assert "reading 16 image files into memory" in text and "16 test images (0 labelled)" in text
     assert "the k-NN accuracy is not measured: it needs val/" in text and "purity 0." in text
+
+
+def test_the_bounds_themselves_are_allowed():
+    changes = {"flip": 1.0, "gray": 1.0, "blur": 1.0, "ema": 1.0, "jitter": (1.0,) * 4}
+    msf.check_args(tiny(msf, crop_scale=(1.0, 1.0), **changes), 1)
 
 
 def test_doubtful_arguments_are_said_in_the_first_lines(capsys):
@@ -353,7 +359,12 @@ def test_pictures_are_read_under_any_start_method(monkeypatch):
         (METHODS, 3, {}, "--batch-size must be at least 2 for each process"),
         (METHODS, 1, {"num_workers": -1}, "--num-workers must not be negative"),
         (METHODS, 1, {"lr": -0.1}, "--lr must not be negative"),
+        (METHODS, 1, {"knn_every": 0}, "--knn-every must be at least 1"),
         (METHODS, 1, {"ema": 2.0}, "--ema must be from 0 to 1"),
+        (METHODS, 1, {"flip": 50.0}, "--flip must be from 0 to 1"),
+        (METHODS, 1, {"gray": 20.0}, "--gray must be from 0 to 1"),
+        (METHODS, 1, {"blur": 50.0}, "--blur must be from 0 to 1"),
+        (METHODS, 1, {"crop_scale": (20.0, 100.0)}, "--crop-scale: need 0 < least"),
         (METHODS, 1, {"crop_scale": (1.0, 0.2)}, "--crop-scale: need 0 < least"),
         (METHODS, 1, {"jitter": (2.0, 0.0, 0.0, 0.0)}, "--jitter: need four numbers"),
         ([cmsf_ssl], 1, {"num_candidates": 4}, "need --topk <= --num-candidates <= --bank-size"),

@@ -126,6 +126,14 @@ def test_blur_has_the_pixels_of_torchvision(size, given_draws):
         torch.testing.assert_close(view, blurred[:3] / blurred[3:], atol=1e-5, rtol=0)
 
 
+def test_blur_makes_no_denormal_numbers(given_draws):
+    """CPUs multiply them slowly."""
+    images = torch.zeros(11, 3, 224, 224)
+    images[:, :, 112, 112] = 1
+    views = msf.gaussian_blur(images)
+    assert ((views == 0) | (views >= torch.finfo(torch.float32).tiny)).all()
+
+
 def test_flip_gray_and_blur_have_their_probabilities(given_draws):
     images = pictures(11, 24)
     chosen = (SHARES < 0.35).view(11, 1, 1, 1)
