@@ -396,3 +396,10 @@ def test_a_resnet50_of_torchvision_judges_images_of_224_pixels():
     assert set(results) == {"1-NN", "20-NN", "200-NN", "linear"} and results["1-NN"] == 100
     fine_tuned = evaluate(epochs=1, fine_tune=True, **given)  # without a projector
     assert set(fine_tuned) == {"fine-tuned"}
+
+
+def test_images_in_memory_are_judged_at_the_given_size():
+    data = data_of(torch.zeros(3, 3, 16, 16, dtype=torch.uint8), [0] * 3)
+    data.args = replace(data.args, image_size=8)
+    found = eval_linear.outputs(eval_linear.Pixels(), data, torch.arange(3), 0, 1)
+    assert found.shape == (3, 3 * 8 * 8)

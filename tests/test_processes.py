@@ -22,6 +22,7 @@ from scripts import (
     arguments,
     assert_same_state,
     checkpoint,
+    data_of,
     labelled_pictures,
     small_backbone,
     small_model,
@@ -67,6 +68,16 @@ def train_in_eval_mode(script, rank, world_size):
     return model.state_dict()
 
 
+def embed_in_shares(rank, world_size):
+    """Embeddings of 5 of 9 images. Each process has its own BatchNorm statistics."""
+    torch.manual_seed(0)
+    backbone, _ = small_backbone()
+    backbone[1].running_mean.fill_(rank)
+    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    chosen = torch.tensor([8, 1, 4, 0, 6])
+    return msf.embed(backbone, data_of(images, [0] * 9), chosen, rank, world_size)
+
+
 def run_arguments(script):
     """Two epochs on 16 images; the 15 test images do not divide by two."""
     return tiny(script, run_name=script.__name__, knn_every=1, bank_size=32)
@@ -98,9 +109,16 @@ def test_two_processes_compute_what_one_does(script, pair):
         torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-3)
 
 
+def test_two_processes_embed_as_the_first_does_alone(pair):
+    expected = embed_in_shares(0, 1)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(pair / f"embedded-{rank}.pt"), expected)
+
+
 def test_only_the_first_of_two_processes_speaks(pair):
     """For each of the four scripts, of two epochs."""
     output = (pair / "output").read_text()
+    assert output.count("reading 16 image files") == 4
     assert output.count("writing to runs/") == 4
     assert output.count("  loss ") == 4 * 2
     assert output.count("k-NN accuracy") == 4 * 3
@@ -183,6 +201,7 @@ def work():
         torch.save(result, f"{script.__name__}-result-{rank}.pt")
         torch.save(train_in_eval_mode(script, rank, 2), f"{script.__name__}-{rank}.pt")
         dist.init_process_group = lambda *given, **options: None
+    torch.save(embed_in_shares(rank, 2), f"embedded-{rank}.pt")
 
 
 if __name__ == "__main__":
