@@ -378,9 +378,8 @@ class CMSF(nn.Module):
 
 def label_purity(neighbor_labels, labels):
     """Of the pairs of an image [b] and a neighbour [b, k] with both labels known (>= 0), the share
-    with equal labels; NaN if there are none. An image is its own neighbour, an equal pair: hence at
-    least 1 / k, and near 1 where so few images have labels that almost only these pairs are left.
-    """
+    with equal labels; NaN if there are none. Each image is its own neighbour, so that this is at
+    least 1 / k; where few images have labels, few other pairs are known, and it is near 1."""
     known = (neighbor_labels >= 0) & (labels >= 0)[:, None]
     same = (neighbor_labels == labels[:, None]) & known
     return same.sum() / known.sum()
@@ -826,7 +825,7 @@ def embed(network, data, indices, rank, world_size):
     processes."""
     share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
     positions = torch.arange(rank * share, (rank + 1) * share)
-    own = indices[positions % len(indices)]  # shares beyond the end: filled up from the start
+    own = indices[positions % len(indices)]  # past the end, again from the start
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
@@ -839,7 +838,7 @@ def embed(network, data, indices, rank, world_size):
             output = network(standardize(images))
         outputs.append(F.normalize(output.float(), dim=1))
     network.train()
-    return gather(torch.cat(outputs))[: len(indices)]  # without what filled up
+    return gather(torch.cat(outputs))[: len(indices)]  # without those again
 
 
 def knn_accuracy(backbone, train, test, rank, world_size):

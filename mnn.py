@@ -775,7 +775,7 @@ def embed(network, data, indices, rank, world_size):
     processes."""
     share = math.ceil(len(indices) / world_size)  # the same for all, as gather needs it
     positions = torch.arange(rank * share, (rank + 1) * share)
-    own = indices[positions % len(indices)]  # shares beyond the end: filled up from the start
+    own = indices[positions % len(indices)]  # past the end, again from the start
     amp = data.args.amp and data.device.type == "cuda"
     outputs = []
     network.eval()
@@ -788,7 +788,7 @@ def embed(network, data, indices, rank, world_size):
             output = network(standardize(images))
         outputs.append(F.normalize(output.float(), dim=1))
     network.train()
-    return gather(torch.cat(outputs))[: len(indices)]  # without what filled up
+    return gather(torch.cat(outputs))[: len(indices)]  # without those again
 
 
 def knn_accuracy(backbone, train, test, rank, world_size):
